@@ -42,7 +42,9 @@ def _construct(config: Mapping, offered: Mapping[str, object], overrides: Mappin
     valid = sorted(set(parameters) - set(offered))
     for name in (*written, *overrides):
         if name in offered:
-            raise ValueError(f"`{name}` is passed by the caller and cannot be set for {target.__name__}; valid: {valid}")
+            raise ValueError(
+                f"`{name}` is passed by the caller and cannot be set for {target.__name__}; valid: {valid}"
+            )
         if name not in parameters:
             raise ValueError(f"`{name}` is not an argument of {target.__name__}; valid: {valid}")
     arguments = {**written, **overrides}

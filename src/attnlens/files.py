@@ -50,4 +50,6 @@ def read_json(path: Path | str) -> object:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"`{path}` is not valid JSON ({error}): delete it and run `dvc repro` to make it anew") from error
+        raise ValueError(
+            f"`{path}` is not valid JSON ({error}): delete it and run `dvc repro` to make it anew"
+        ) from error

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from attnlens.linalg.dense import softmax_naive
+
 
 class AbstractAttention(nn.Module, ABC):
     """An attention mechanism on projected queries, keys and values; no projection, dropout, rotation or cache inside.
@@ -85,8 +87,6 @@ class AbstractAttention(nn.Module, ABC):
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b h n dv"]:
         """The naive float64 answer of the target; softmax attention unless the operator has another target."""
-        from attnlens.attention.softmax import softmax_naive
-
         return softmax_naive(q.double(), k.double(), v.double(), causal=causal, key_padding_mask=key_padding_mask)
 
     def kernel(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n m"]:
@@ -138,7 +138,9 @@ class AbstractAttention(nn.Module, ABC):
     def _check(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, key_padding_mask: Tensor | None) -> None:
         name = type(self).__name__
         if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-            raise ValueError(f"`q`, `k`, `v` must be (batch, heads, length, head_dim), got {q.ndim}, {k.ndim}, {v.ndim} axes")
+            raise ValueError(
+                f"`q`, `k`, `v` must be (batch, heads, length, head_dim), got {q.ndim}, {k.ndim}, {v.ndim} axes"
+            )
         if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
             raise ValueError(
                 f"shapes do not fit: `q` {tuple(q.shape)}, `k` {tuple(k.shape)}, `v` {tuple(v.shape)}; "

@@ -11,17 +11,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
+from attnlens.linalg.dense import mean_values
 
-
-def mean_values(
-    v: Float[Tensor, "b h m dv"], *, causal: bool, key_padding_mask: Bool[Tensor, "b m"] | None
-) -> Float[Tensor, "b h #m dv"]:
-    """Mean over the real values of `v`, or over those up to each position; zero where there is none."""
-    real = torch.ones_like(v[:, :1, :, :1]) if key_padding_mask is None else key_padding_mask[:, None, :, None].to(v)
-    total, count = (v * real, real)
-    if causal:
-        return total.cumsum(2) / count.cumsum(2).clamp_min(1)
-    return total.sum(2, keepdim=True) / count.sum(2, keepdim=True).clamp_min(1)
+__all__ = ["Mean", "mean_values"]
 
 
 class Mean(AbstractAttention):

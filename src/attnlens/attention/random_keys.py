@@ -1,10 +1,11 @@
 """Softmax attention over a uniformly random subset of the keys: the null row of every method that selects keys.
 
-    out_i = sum_{j in S_i} exp(s <q_i, k_j>) v_j / sum_{j in S_i} exp(s <q_i, k_j>),   |S_i| = min(num_keys, visible keys).
+    out_i = sum_{j in S_i} exp(s <q_i, k_j>) v_j / sum_{j in S_i} exp(s <q_i, k_j>),   |S_i| = min(num_keys, visible).
 
-Bidirectional, S is one subset for all queries: the real keys with the smallest of a fixed random priority. Causal, S_i is the
-reservoir after i tokens ("Random Sampling with a Reservoir", Vitter, 1985): a uniform subset of the past that never
-depends on the future. Time O(n num_keys d), memory O(n num_keys) when causal. Equals softmax when num_keys >= length.
+Bidirectional, S is one subset for all queries: the real keys with the smallest of a fixed random priority. Causal,
+S_i is the reservoir after i tokens ("Random Sampling with a Reservoir", Vitter, 1985): a uniform subset of the past
+that never depends on the future. Time O(n num_keys d), memory O(n num_keys) when causal. Equals softmax when
+num_keys >= length.
 """
 
 import torch

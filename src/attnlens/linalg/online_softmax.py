@@ -66,9 +66,7 @@ def online_softmax_backward(
     return grad_q, torch.cat(grads_k, 2), torch.cat(grads_v, 2)
 
 
-def _scores(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, start: int, chunk: int
-) -> Tensor:
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, start: int, chunk: int) -> Tensor:
     keys = k[:, :, start : start + chunk]
     scores = q @ keys.mT * scale
     if mask is not None:

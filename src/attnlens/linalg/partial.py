@@ -107,7 +107,7 @@ class _Partial(torch.autograd.Function):
     """The kernel of the device at hand, forward and backward."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
         ctx.causal, ctx.scale = causal, scale

@@ -6,8 +6,8 @@
 
     check_attention(partial(build, {"_target_": "my_package.MyAttention"}))
 
-`factory` is called as `factory(head_dim=..., num_heads=..., max_length=..., seed=..., **overrides)`. Each property is one
-function of `CONTRACT`; it raises AssertionError with the finding, or returns why it does not apply, or None.
+`factory` is called as `factory(head_dim=..., num_heads=..., max_length=..., seed=..., **overrides)`. Each property is
+one function of `CONTRACT`; it raises AssertionError with the finding, or returns why it does not apply, or None.
 """
 
 from collections.abc import Callable

@@ -56,7 +56,9 @@ def causal(factory: Factory) -> str | None:
         others = gaussian(70, logit_scale=9.0, seed=1 + t)
         changed = [torch.cat([x[:, :, : t + 1], y[:, :, t + 1 :]], 2) for x, y in zip((q, k, v), others, strict=True)]
         after = operator(*changed, causal=True)
-        assert_close(after[:, :, : t + 1], before[:, :, : t + 1], EXACT, f"outputs up to {t} after a change of the future")
+        assert_close(
+            after[:, :, : t + 1], before[:, :, : t + 1], EXACT, f"outputs up to {t} after a change of the future"
+        )
     return None
 
 

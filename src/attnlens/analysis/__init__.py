@@ -1,0 +1,1 @@
+"""Analyses: pure functions from tensors to plain numbers, and the cells that the pipeline's stages write."""

@@ -1,0 +1,1 @@
+"""Small Transformers whose attention operator is exchangeable."""

@@ -1,0 +1,1 @@
+"""How tokens learn where they are: added to the embeddings, or turned into queries and keys."""

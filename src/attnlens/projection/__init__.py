@@ -1,0 +1,1 @@
+"""From token vectors to queries, keys and values, through an attention operator, and back."""
