@@ -80,7 +80,7 @@ def read_cell(root: Path, attention: str, data: str) -> dict:
     Raises:
         ValueError: it has not been trained, or its record is not whole; the message names the command.
     """
-    stage = f"train@{attention}-{data}"
+    stage = f"train@{data}-{attention}"
     path = root / "models" / attention / data / "cell.json"
     if not path.is_file():
         raise ValueError(f"`models/{attention}/{data}` has not been trained: run `dvc repro {stage}`")
@@ -99,6 +99,6 @@ def seed_file(root: Path, attention: str, data: str, seed: int, name: str) -> Pa
     path = root / "models" / attention / data / f"seed{seed}" / name
     if not path.is_file():
         raise ValueError(
-            f"`models/{attention}/{data}/seed{seed}/{name}` is missing: run `dvc repro -f train@{attention}-{data}`"
+            f"`models/{attention}/{data}/seed{seed}/{name}` is missing: run `dvc repro -f train@{data}-{attention}`"
         )
     return path

@@ -41,5 +41,5 @@ def test_a_missing_cell_fails_the_stage_and_names_the_command(tmp_path):
     write_study(tmp_path, ["softmax"])
     done = run("accuracy.py", tmp_path)
     assert done.returncode != 0
-    assert "dvc repro train@mean-mqar" in done.stderr
+    assert "dvc repro train@mqar-mean" in done.stderr
     assert not (tmp_path / "results").exists()

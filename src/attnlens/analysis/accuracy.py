@@ -61,7 +61,7 @@ def read_scores(root: Path, attention: str, data: str, seeds: int) -> Float[Arra
     if len(sizes) > 1 or len(sizes[0]) != 1 or not all(np.isfinite(scores).all() for scores in per_seed):
         raise ValueError(
             f"`models/{attention}/{data}` has scores of shapes {sizes} that are unequal, empty or not finite: "
-            f"run `dvc repro -f train@{attention}-{data}`"
+            f"run `dvc repro -f train@{data}-{attention}`"
         )
     return np.stack(per_seed).astype(np.float64)
 
@@ -132,7 +132,7 @@ def _metrics(root: Path, attention: str, data: str, seed: int, mean: float) -> R
     if metrics["metric"] not in BOUNDS or abs(metrics["value"] - mean) > AGREEMENT:
         raise ValueError(
             f"`models/{attention}/{data}/seed{seed}/metrics.json` says {metrics['metric']} = {metrics['value']}, its "
-            f"scores.npy {mean} (known metrics: {list(BOUNDS)}): run `dvc repro -f train@{attention}-{data}`"
+            f"scores.npy {mean} (known metrics: {list(BOUNDS)}): run `dvc repro -f train@{data}-{attention}`"
         )
     return metrics
 

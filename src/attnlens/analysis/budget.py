@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnlens.analysis.flops import count_flops
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.dense import Softmax
+from attnlens.attention.softmax import Softmax
 
 TOLERANCE = 0.1
 

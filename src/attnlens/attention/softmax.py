@@ -9,12 +9,11 @@ Source: "Attention Is All You Need" (Vaswani et al., 2017), https://arxiv.org/ab
 PyTorch's form of "FlashAttention" (Dao et al., 2022). The naive form is `linalg.dense.softmax_naive`.
 """
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.dense import softmax_naive, softmax_weights
+from attnlens.linalg.dense import softmax_naive, softmax_round_off, softmax_weights
 from attnlens.linalg.partial import partial_attention
 
 __all__ = ["Softmax", "softmax_naive", "softmax_weights"]
@@ -41,13 +40,8 @@ class Softmax(AbstractAttention):
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b h n"]:
-        """Round-off: a perturbation ds of the scores moves a row by at most |ds|_inf times the diameter of v.
-
-        Scores carry a relative error of about d eps in |q_i| |k_j|, the sums over j another sqrt(m) eps.
-        """
-        eps, d, m = torch.finfo(q.dtype).eps, q.shape[-1], k.shape[2]
-        reach = q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * d**-0.5
-        return eps * (d * reach + 8 * m**0.5) * v.norm(dim=-1).amax(-1, keepdim=True)
+        """Round-off, as `softmax_round_off` has it."""
+        return softmax_round_off(q, k, v)
 
     def attend(
         self,

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from attnlens.attention.base import AbstractAttention
 from attnlens.linalg.blocks import fold, unfold
-from attnlens.linalg.dense import Softmax, softmax_weights
+from attnlens.linalg.dense import softmax_round_off, softmax_weights
 from attnlens.linalg.partial import merge, partial_attention
 
 
@@ -138,7 +138,7 @@ class Window(AbstractAttention):
         kept, dropped = weights.masked_fill(~near, 0).sum(-1), weights.masked_fill(near, 0).sum(-1)
         bound = torch.where(kept > 0, dropped * diameter, values.norm(dim=-1).amax(-1, keepdim=True))
         keys = torch.where(real[:, None, :, None], k, 0)
-        return (bound + Softmax().error_bound(q, keys, values.to(q.dtype))).to(q.dtype)
+        return (bound + softmax_round_off(q, keys, values.to(q.dtype))).to(q.dtype)
 
     def attend(
         self,

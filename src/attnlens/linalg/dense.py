@@ -38,6 +38,19 @@ def softmax_naive(
     return softmax_weights(q, k, causal=causal, key_padding_mask=key_padding_mask) @ v
 
 
+def softmax_round_off(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m dv"]
+) -> Float[Tensor, "b h n"]:
+    """A bound on the Euclidean error that round-off in q's dtype leaves in every row of softmax attention.
+
+    A perturbation ds of the scores moves a row by at most |ds|_inf times the diameter of v. Scores carry a relative
+    error of about d eps in |q_i| |k_j| / sqrt(d), the sums over j another sqrt(m) eps.
+    """
+    eps, d, m = torch.finfo(q.dtype).eps, q.shape[-1], k.shape[2]
+    reach = q.norm(dim=-1) * k.norm(dim=-1).amax(-1, keepdim=True) * d**-0.5
+    return eps * (d * reach + 8 * m**0.5) * v.norm(dim=-1).amax(-1, keepdim=True)
+
+
 def mean_values(
     v: Float[Tensor, "b h m dv"], *, causal: bool, key_padding_mask: Bool[Tensor, "b m"] | None
 ) -> Float[Tensor, "b h #m dv"]:

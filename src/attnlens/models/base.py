@@ -1,6 +1,6 @@
 """What the models have in common: embed, place, a stack of blocks, a norm, a head."""
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -39,13 +39,18 @@ class AbstractModel(nn.Module):
     @property
     def operators(self) -> list[AbstractAttention]:
         """The attention operator of each layer."""
-        return [block.projection.attention for block in self.blocks]
+        return [block.projection.attention for block in self.layers]
+
+    @property
+    def layers(self) -> list[AbstractBlock]:
+        """The blocks as what they are, which a ModuleList does not say."""
+        return cast(list[AbstractBlock], list(self.blocks))
 
     def forward(
         self, input_ids: Int[Tensor, "b n"], *, key_padding_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b n c"] | Float[Tensor, "b c"]:
         """Logits for each token or for the sequence, as the head has it."""
         x = self.position.embed(self.embedding(input_ids))
-        for block in self.blocks:
+        for block in self.layers:
             x = block(x, causal=self.causal, key_padding_mask=key_padding_mask)
         return self.head(self.norm(x), key_padding_mask=key_padding_mask)

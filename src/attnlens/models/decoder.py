@@ -26,13 +26,13 @@ class Decoder(AbstractModel):
 
     def init_cache(self, batch: int, capacity: int) -> DecoderCache:
         """The cache before the first of at most `capacity` tokens."""
-        return DecoderCache(tuple(block.projection.init_cache(batch, capacity) for block in self.blocks), length=0)
+        return DecoderCache(tuple(block.projection.init_cache(batch, capacity) for block in self.layers), length=0)
 
     def step(self, cache: DecoderCache, input_ids: Int[Tensor, "b n"]) -> tuple[DecoderCache, Float[Tensor, "b n c"]]:
         """Continue by n >= 1 tokens: the new cache and the logits that one causal run would give them."""
         x = self.position.embed(self.embedding(input_ids), offset=cache.length)
         layers = []
-        for block, old in zip(self.blocks, cache.layers, strict=True):
+        for block, old in zip(self.layers, cache.layers, strict=True):
             new, x = block.step(old, x)
             layers.append(new)
         return DecoderCache(tuple(layers), cache.length + input_ids.shape[1]), self.head(self.norm(x))

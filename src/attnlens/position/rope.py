@@ -38,6 +38,8 @@ class Rope(AbstractPosition):
     """
 
     rotates: ClassVar[bool] = True
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, head_dim: int, max_length: int, *, base: float = 10000.0) -> None:
         super().__init__(max_length)

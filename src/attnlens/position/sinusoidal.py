@@ -33,6 +33,8 @@ class Sinusoidal(AbstractPosition):
         scale: size of what is added.
     """
 
+    table: Tensor
+
     def __init__(self, width: int, max_length: int, *, base: float = 10000.0, scale: float = 1.0) -> None:
         super().__init__(max_length)
         table = scale * sinusoids(max_length, width, base)

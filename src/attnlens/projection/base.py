@@ -1,6 +1,7 @@
 """What a projection is: it owns the weights, the positions and the cache around one attention operator."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class AbstractProjection(nn.Module, ABC):
         """The cache (a NamedTuple) before the first of at most `capacity` tokens."""
 
     @abstractmethod
-    def step(self, cache: tuple, x: Float[Tensor, "b n w"]) -> tuple[tuple, Float[Tensor, "b n w"]]:
+    def step(self, cache: Any, x: Float[Tensor, "b n w"]) -> tuple[Any, Float[Tensor, "b n w"]]:
         """Continue a causal run by n >= 1 tokens: the new cache and their outputs, equal to those of one run.
 
         Raises:

@@ -67,10 +67,11 @@ class Mha(AbstractProjection):
         self.width, self.num_heads = width, num_heads
         widths = [3 * width] if packed else [width, width, width]
         self.inputs = nn.ModuleList(nn.Linear(width, size, bias=bias) for size in widths)
-        taps = short_convolution
-        self.convolutions = nn.ModuleList(ShortConvolution(width, taps) for _ in range(0 if taps is None else 3))
+        taps = 1 if short_convolution is None else short_convolution
+        num_convolutions = 0 if short_convolution is None else 3
+        self.convolutions = nn.ModuleList(ShortConvolution(width, taps) for _ in range(num_convolutions))
         self.output = nn.Linear(width, width, bias=bias)
-        self.num_past = 0 if taps is None else taps - 1
+        self.num_past = taps - 1
 
     def forward(
         self,
