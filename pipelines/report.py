@@ -2,7 +2,7 @@
 
     python pipelines/report.py
 
-Reads params.yaml, data/prepared/*/meta.json, models/, results/ and conf/attention/.
+Reads params.yaml, data/prepared/*/meta.json, models/ and results/.
 """
 
 import sys
@@ -21,11 +21,11 @@ def main(cfg: DictConfig) -> None:
     from attnlens.report.build import build_report, track
     from attnlens.report.cells import read_cells
     from attnlens.report.console import console
-    from attnlens.report.methods import declared
+    from attnlens.report.methods import methods_of
 
     root = Path.cwd()
     cells = read_cells(root)
-    report = build_report(root, cells, declared(ROOT / "conf/attention", cells.axes.attention))
+    report = build_report(root, cells, methods_of(cells.approximate))
     track(report, root, cfg.logger)
     print(console(cells, report.rows))
     print("\nreport/index.html")

@@ -150,7 +150,7 @@ def test_a_bidirectional_operator_is_not_applicable_to_causal_data(tmp_path, roo
 
 
 def test_a_missing_model_names_its_command(tmp_path):
-    with pytest.raises(ValueError, match="dvc repro train@toy-mqar"):
+    with pytest.raises(ValueError, match="dvc repro train@mqar-toy"):
         approximate(cell(tmp_path, "attnlens.attention.mean.Mean"), silent)
 
 

@@ -136,6 +136,7 @@ def _approximate(attention: str) -> dict:
         for budget in (BUDGETS if argument else (None,))
     ]
     trained = [row | {"budget": None} for row in rows if row["source"] == "own" and row["budget"] in (None, BUDGETS[2])]
+    cell |= {"declared": declared(attention)}
     return cell | {"rows": rows, "trained": trained, "not_applicable": excluded}
 
 
@@ -160,19 +161,21 @@ def _row(attention: str, data: str, source: str, seed: int, layer: int, head: in
     return row
 
 
+def declared(attention: str) -> dict[str, object]:
+    """What an operator of the study would declare."""
+    family, target, argument, causal, *_ = METHODS[attention]
+    return {
+        "family": family,
+        "target": target,
+        "budget": argument,
+        "causal": causal,
+        "row_stochastic": family != "low rank",
+        "order": 0.5 if family == "random features" else None,
+        "arguments": f"{argument}=16" if argument else "",
+        "summary": f"What {attention} does <in one sentence> & nothing else.",
+    }
+
+
 def methods() -> list[Method]:
-    """What the operators of the study would declare."""
-    return [
-        Method(
-            name=name,
-            family=family,
-            target=target,
-            budget=argument,
-            causal=causal,
-            row_stochastic=family != "low rank",
-            order=0.5 if family == "random features" else None,
-            arguments=f"{argument}=16" if argument else "",
-            summary=f"What {name} does <in one sentence> & nothing else.",
-        )
-        for name, (family, target, argument, causal, *_) in METHODS.items()
-    ]
+    """All of them."""
+    return [Method(name=name, **declared(name)) for name in METHODS]

@@ -1,25 +1,21 @@
-"""Declarations come from the classes that conf/attention names."""
+"""Declarations travel from the class through the results to the page."""
 
-from pathlib import Path
-
-from attnlens.attention.softmax import Softmax
-from attnlens.report.methods import declared
-
-CONF = Path(__file__).parents[2] / "conf/attention"
+from attnlens.analysis.declared import arguments, declarations
+from attnlens.attention.random_keys import RandomKeys
+from attnlens.report.methods import methods_of
 
 
 def test_declarations_are_those_of_the_class():
-    softmax, random_keys = declared(CONF, ["softmax", "random_keys"])
-    assert (softmax.family, softmax.causal, softmax.order) == (Softmax.family, Softmax.causal, Softmax.order)
-    assert softmax.arguments == ""
-    assert random_keys.budget == "num_keys"
-    assert random_keys.arguments.startswith("num_keys=")
-    assert softmax.summary
-    assert "\n" not in softmax.summary
+    config = {"_target_": "attnlens.attention.random_keys.RandomKeys", "num_keys": 3}
+    found = declarations(config, RandomKeys(num_keys=3, max_length=8, seed=0))
+    (method,) = methods_of({"random_keys": {"declared": found}})
+    assert (method.family, method.causal, method.order) == (RandomKeys.family, RandomKeys.causal, RandomKeys.order)
+    assert method.budget == "num_keys"
+    assert method.arguments == "num_keys=3"
+    assert method.summary
+    assert "\n" not in method.summary
 
 
-def test_a_nested_operator_is_named_by_its_class(tmp_path):
-    text = "_target_: attnlens.attention.softmax.Softmax\ninner:\n  _target_: a.b.Inner\n  steps: 6\nsize: 3\n"
-    (tmp_path / "nested.yaml").write_text(text)
-    (nested,) = declared(tmp_path, ["nested"])
-    assert nested.arguments == "inner=Inner(steps=6), size=3"
+def test_a_nested_part_is_named_by_its_class():
+    config = {"_target_": "x.Y", "inner": {"_target_": "a.b.Inner", "steps": 6}, "size": 3}
+    assert arguments(config) == "inner=Inner(steps=6), size=3"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnlens.analysis.budget import Match, exact_flops, ladder, operator_flops
 from attnlens.analysis.capture import Capture, read_captures
+from attnlens.analysis.declared import declarations
 from attnlens.analysis.measure import measure
 from attnlens.attention import AbstractAttention, build
 from attnlens.study import Study, read_cell, seed_file
@@ -73,6 +74,7 @@ def approximate(cell: Cell, progress: Callable[[str], None] = print) -> dict[str
         "attention": cell.attention,
         "family": operator.family,
         "target": operator.target,
+        "declared": declarations(cell.config, operator),
         "budget_argument": None if is_learned(operator) else operator.budget,
         "rows": rows,
         "trained": trained,

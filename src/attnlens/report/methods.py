@@ -1,8 +1,7 @@
-"""What each method of a study declares about itself, read from its class."""
+"""What each method of a study declares about itself, as its results carry it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,40 +19,6 @@ class Method:
     summary: str
 
 
-def declared(folder: Path, names: Iterable[str]) -> list[Method]:
-    """The declarations of the operators that `folder`/<name>.yaml name."""
-    return [_declared(folder / f"{name}.yaml", name) for name in names]
-
-
-def _declared(path: Path, name: str) -> Method:
-    import inspect
-    import sys
-
-    import yaml
-    from hydra.utils import get_class
-
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    operator = get_class(config.pop("_target_"))
-    text = inspect.getdoc(sys.modules[operator.__module__]) or ""
-    return Method(
-        name=name,
-        family=operator.family,
-        target=operator.target,
-        budget=operator.budget,
-        causal=operator.causal,
-        row_stochastic=operator.row_stochastic,
-        order=operator.order,
-        arguments=_arguments(config),
-        summary=" ".join(text.split("\n\n")[0].split()),
-    )
-
-
-def _arguments(config: Mapping[str, object]) -> str:
-    """Arguments as a call would have them; a nested operator by the name of its class."""
-    return ", ".join(f"{name}={_argument(value)}" for name, value in sorted(config.items()) if name != "_target_")
-
-
-def _argument(value: object) -> str:
-    if isinstance(value, Mapping) and "_target_" in value:
-        return f"{str(value['_target_']).rpartition('.')[2]}({_arguments(value)})"
-    return str(value)
+def methods_of(approximate: Mapping[str, Mapping]) -> list[Method]:
+    """The methods of a study from its results/approximate/<attention>.json."""
+    return [Method(name=name, **result["declared"]) for name, result in approximate.items()]
