@@ -55,7 +55,7 @@ def test_the_repository_has_valid_axes():
 
 
 def test_a_missing_cell_names_its_command(tmp_path):
-    with pytest.raises(ValueError, match="dvc repro train@mean-mqar"):
+    with pytest.raises(ValueError, match="dvc repro train@mqar-mean"):
         read_cell(tmp_path, "mean", "mqar")
-    with pytest.raises(ValueError, match="dvc repro -f train@mean-mqar"):
+    with pytest.raises(ValueError, match="dvc repro -f train@mqar-mean"):
         seed_file(tmp_path, "mean", "mqar", 0, "scores.npy")

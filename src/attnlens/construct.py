@@ -6,12 +6,13 @@ from deep inside; this is the same idea with those three mended.
 
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 
-def construct(config: Mapping | DictConfig, offered: Mapping[str, object] | None = None, **overrides: object) -> object:
+def construct(config: Mapping | DictConfig, offered: Mapping[str, object] | None = None, **overrides: object) -> Any:
     """Build what `config["_target_"]` names.
 
     Arguments of the constructor come from `config`, then from `overrides`. Of `offered` it receives those names that
@@ -33,13 +34,15 @@ class PerPath:
         self.function = function
 
 
-def _construct(config: Mapping, offered: Mapping[str, object], overrides: Mapping, path: tuple[str, ...]) -> object:
+def _construct(config: Mapping, offered: Mapping[str, object], overrides: Mapping, path: tuple[str, ...]) -> Any:
     if "_target_" not in config:
         raise ValueError(f"`_target_` is missing from {dict(config)!r}: name the class to build")
     target = get_class(config["_target_"])
-    parameters = inspect.signature(target).parameters
+    # A class without a constructor of its own shows the `*args, **kwargs` of its base: those are not names.
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {name for name, value in inspect.signature(target).parameters.items() if value.kind in named}
     written = {name: value for name, value in config.items() if name != "_target_"}
-    valid = sorted(set(parameters) - set(offered))
+    valid = sorted(parameters - set(offered))
     for name in (*written, *overrides):
         if name in offered:
             raise ValueError(

@@ -75,14 +75,14 @@ def test_the_same_study_gives_the_same_rows(tmp_path):
 def test_a_missing_cell_names_its_command(tmp_path):
     write(tmp_path)
     attention = ("softmax", "good", "absent")
-    with pytest.raises(ValueError, match="dvc repro train@absent-mqar"):
+    with pytest.raises(ValueError, match="dvc repro train@mqar-absent"):
         accuracy(study(attention=attention), tmp_path, **OPTIONS)
 
 
 def test_scores_that_contradict_their_metric_are_refused(tmp_path):
     write(tmp_path)
     np.save(tmp_path / "models/good/mqar/seed1/scores.npy", np.full(80, 0.1))
-    with pytest.raises(ValueError, match=r"models/good/mqar/seed1.*dvc repro -f train@good-mqar"):
+    with pytest.raises(ValueError, match=r"models/good/mqar/seed1.*dvc repro -f train@mqar-good"):
         accuracy(study(), tmp_path, **OPTIONS)
 
 

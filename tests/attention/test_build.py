@@ -68,6 +68,12 @@ def test_unknown_keyword_lists_what_is_valid():
         build(config(typo=1), **DIMS)
 
 
+def test_a_class_without_arguments_names_none():
+    """torch's Module takes `*args, **kwargs`, which an operator without a constructor of its own inherits."""
+    with pytest.raises(ValueError, match=r"`size` is not an argument of Mean; valid: \[\]"):
+        build({"_target_": "attnlens.attention.mean.Mean", "size": 3}, **DIMS)
+
+
 @pytest.mark.parametrize("name", ["head_dim", "num_heads", "max_length", "seed"])
 def test_a_dimension_written_in_a_yaml_is_refused(name):
     with pytest.raises(ValueError, match=rf"`{name}` is passed by the caller.*valid: \['num_keys'\]"):

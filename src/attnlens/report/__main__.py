@@ -1,6 +1,6 @@
 """Print where the report is and its headline numbers, from what the stages left on disk.
 
-    python -m attnlens.report
+python -m attnlens.report
 """
 
 from pathlib import Path

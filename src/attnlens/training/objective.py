@@ -1,0 +1,41 @@
+"""What is minimized and what is reported: cross entropy, accuracy, bits per character. Pure functions of tensors."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnlens.data.store import IGNORED
+
+
+def cross_entropy(logits: Float[Tensor, "*axes c"], labels: Int[Tensor, "*axes"]) -> Float[Tensor, ""]:
+    """Mean over all labels that are not ignored, in nats."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
+def accuracy(logits: Float[Tensor, "b *n c"], labels: Int[Tensor, "b *n"]) -> Float[Tensor, " b"]:
+    """Fraction of each example's labels that have the largest logit; 0 for an example without labels."""
+    asked = labels.flatten(1) != IGNORED if labels.ndim > 1 else torch.ones_like(labels, dtype=torch.bool)[:, None]
+    right = (logits.argmax(-1) == labels).reshape(asked.shape) & asked
+    return right.sum(1).double() / asked.sum(1).clamp(min=1)
+
+
+def bits(
+    logits: Float[Tensor, "b *n c"], labels: Int[Tensor, "b *n"], *, characters_per_token: float
+) -> Float[Tensor, " b"]:
+    """Mean cross entropy of each example's labels in bits per character; 0 for an example without labels."""
+    rows = labels.shape[0]
+    nats = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    asked = (labels != IGNORED).reshape(rows, -1).sum(1)
+    return nats.reshape(rows, -1).double().sum(1) / asked.clamp(min=1) / (math.log(2) * characters_per_token)
+
+
+def scorer(meta: Mapping) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function (logits, labels) -> score of each example whose mean is the metric of `meta`."""
+    if meta["metric"] == "accuracy":
+        return accuracy
+    return partial(bits, characters_per_token=meta["characters_per_token"])
