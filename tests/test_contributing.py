@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attnlens.files import read_json
+
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 PARTS = ("conf", "pipelines", "src", "tests", "params.yaml", "dvc.yaml", "pyproject.toml", ".dvc/config")
@@ -63,3 +65,8 @@ def test_the_recipe_works(project):
     dvc = Path(sys.executable).with_name("dvc")
     stages = run(project, str(dvc), "stage", "list", "--name-only").split()
     assert {"train@mqar-toy", "train@shakespeare-toy", "approximate@toy"} <= set(stages)
+    few = ("data.num_train=64", "data.num_validation=8", "data.num_test=8")
+    run(project, sys.executable, "pipelines/prepare.py", "data=mqar", *few)
+    short = ("training.steps=2", "training.warmup_steps=1", "logger=csv", "out=models/toy/mqar")
+    run(project, sys.executable, "pipelines/train.py", "experiment=mqar", "attention=toy", *short)
+    assert read_json(project / "models" / "toy" / "mqar" / "cell.json")["status"] == "ok"

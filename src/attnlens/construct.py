@@ -24,6 +24,7 @@ def construct(config: Mapping | DictConfig, offered: Mapping[str, object] | None
             the message lists what is valid.
     """
     plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
+    assert isinstance(plain, dict)
     return _construct(plain, offered or {}, overrides, path=())
 
 

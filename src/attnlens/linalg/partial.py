@@ -130,8 +130,11 @@ class _Partial(torch.autograd.Function):
         return out, lse.contiguous()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable  # its wrapper hides the names of the arguments from the type checker
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        grad_out, grad_lse = grad_outputs
         q, k, v, out, lse, mask = ctx.saved_tensors
         grad_out, out = _with_lse_gradient(grad_out, out, grad_lse.to(out.dtype)[..., None])
         if q.device.type == "cpu":

@@ -47,16 +47,15 @@ def operator_table(declared: Mapping[str, Mapping[str, object]]) -> str:
 
 def declared_on_the_shelf(folder: Path) -> dict[str, dict[str, object]]:
     """The declarations of every operator of conf/attention."""
-    from omegaconf import OmegaConf
+    import yaml
 
     from attnlens.analysis.declared import declarations
     from attnlens.attention import build
 
     found = {}
     for path in sorted(folder.glob("*.yaml")):
-        config = OmegaConf.load(path)
-        operator = build(config, head_dim=8, num_heads=1, max_length=8)
-        found[path.stem] = declarations(OmegaConf.to_container(config), operator)
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found[path.stem] = declarations(config, build(config, head_dim=8, num_heads=1, max_length=8))
     return found
 
 

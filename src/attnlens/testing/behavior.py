@@ -152,6 +152,7 @@ def recurrence(factory: Factory) -> str | None:
             state, outs = new, [*outs, out]
         assert_close(torch.cat(outs, 2), whole, EXACT, f"{len(cuts) + 1} steps against one causal run")
     single = factory(**dimensions())
+    assert isinstance(single, AbstractRecurrentAttention)
     q, k, v = (x.float() for x in (q, k, v))
     _, out = single.step(single.init_state(2, HEADS, 8, 5, q), q, k, v)
     assert_close(out, single(q, k, v, causal=True), SINGLE, "one step over all tokens in float32")
