@@ -1,16 +1,12 @@
 """A whole study, small: what `dvc repro` runs, runs again, and leaves alone."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PARTS = ("conf", "pipelines", "src", "params.yaml", "dvc.yaml", ".dvc/config", ".dvcignore")
+from tests.copies import copy_project, run
+
 SMALL = {
     "params.yaml": [
         (r"source: .*", "source: []"),
@@ -28,13 +24,7 @@ SMALL = {
 
 @pytest.fixture
 def project(tmp_path):
-    for part in PARTS:
-        source, target = ROOT / part, tmp_path / part
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(source, target)
+    copy_project(tmp_path)
     for path, changes in SMALL.items():
         text = (tmp_path / path).read_text()
         for pattern, replacement in changes:
@@ -43,19 +33,12 @@ def project(tmp_path):
         (tmp_path / path).write_text(text)
     (tmp_path / "data" / "raw").mkdir(parents=True)
     (tmp_path / ".gitignore").write_text("/data/\n/models/\n/outputs/\n/results/\n/report/\n__pycache__/\n")
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     return tmp_path
 
 
 def repro(project: Path, *flags: str) -> set[str]:
     """The stages that `dvc repro` ran, or would run."""
-    scripts = Path(sys.executable).parent
-    environment = os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
-    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-    command = [str(scripts / "dvc"), "repro", *flags]
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return set(re.findall(r"Running stage '([^']+)'", done.stdout))
+    return set(re.findall(r"Running stage '([^']+)'", run(project, "dvc", "repro", *flags)))
 
 
 @pytest.mark.slow
