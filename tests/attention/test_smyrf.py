@@ -1,4 +1,4 @@
-"""HyperAttention: a dense matrix built token by token as oracle, unbiased row sums, no leak by length or sorting."""
+"""SMYRF: the embedding's identity, a loop over rounds and groups as oracle, padding, and what more rounds do."""
 
 import itertools
 
