@@ -1,16 +1,21 @@
 """The band of keys near a row, as `(out, lse)`, so that it can be merged with other keys of a sparse pattern.
 
-The sequence is cut into t blocks of w rows, which go to the batch axis: (batch * t, heads, w, d). Masks then need no
-axis of heads. Causal, a row sees the triangle of its own block and the complementary one of the block before;
-bidirectional, a band across its own and the two neighboring blocks. Time O(n w d), memory O(n (d + w)).
+Rows are cut into blocks of r, and all keys that a block's rows see lie in one window of r + w positions (bidirectional
+r + 2 w). The windows of consecutive blocks overlap; they are views of K and V with a stride of r, so that one kernel
+takes all blocks under one mask and nothing is copied. Rows too near an end for a whole window are one small kernel at
+each end. Work (1 + r/w) of the band's: a quarter more at r = w/4, where blocks of w rows would be twice the band. With
+gradients r = w/2, since the backward pass writes the gradient of every window. Time O(n w d), memory O(n d + r w) forward, O(n d w / r) backward.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.linalg.partial import merge, partial_attention
+from attnlens.linalg.windows import windows
+
+LEAST_ROWS, MOST_ROWS = 16, 128
 
 
 def to_blocks(x: Float[Tensor, "b h n d"], size: int) -> Float[Tensor, "b t h s d"]:
@@ -51,16 +56,72 @@ def band(
 
     `skip` (bidirectional only) leaves out the keys at a multiple of `skip` from the row, its own key included.
     """
-    b, n = q.shape[0], q.shape[2]
+    n = q.shape[2]
     if window >= n and skip is None:
         return partial_attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask)
-    # What fills up the last block comes after every row: only a row that looks ahead could see it.
-    padded = key_padding_mask is not None or not causal
-    padding = hidden_keys(key_padding_mask, n, window, q) if padded else None
-    padding = None if padding is None else padding.expand(b, -1, -1)[:, :, None, None]
-    q, k, v = to_blocks(q, window), to_blocks(k, window), to_blocks(v, window)
-    out, lse = _triangles(q, k, v, padding) if causal else _three_blocks(q, k, v, padding, skip)
-    return from_blocks(out, n), from_blocks(lse[..., None], n)[..., 0]
+    ahead = 0 if causal else min(window, n)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    size = min(max(window // (2 if learns else 4), LEAST_ROWS), MOST_ROWS)
+    blocks = max(0, (n - window - ahead) // size)
+    lead = n - ahead - blocks * size
+
+    def stretch(first: int, last: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows first..last - 1 over the keys start..stop - 1, which hold all that these rows see."""
+        gap = _gaps(torch.arange(first, last, device=q.device), torch.arange(start, stop, device=q.device))
+        bias = _bias(gap, window, causal, skip, q)
+        mask = None if key_padding_mask is None else key_padding_mask[:, start:stop]
+        keys, values = k[:, :, start:stop], v[:, :, start:stop]
+        return partial_attention(q[:, :, first:last], keys, values, key_padding_mask=mask, bias=bias)
+
+    if blocks < 2:
+        return stretch(0, n, 0, n)
+    parts = [stretch(0, lead, 0, min(n, lead + ahead))]
+    inner = slice(lead - window, n)
+    padding = None if key_padding_mask is None else key_padding_mask[:, inner]
+    rows = q[:, :, lead : n - ahead]
+    parts.append(_blocks(rows, k[:, :, inner], v[:, :, inner], size, window, ahead, causal, skip, padding))
+    if ahead > 0:
+        parts.append(stretch(n - ahead, n, max(0, n - ahead - window), n))
+    outs, lses = zip(*parts, strict=True)
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _blocks(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h m d"],
+    v: Float[Tensor, "b h m dv"],
+    size: int,
+    window: int,
+    ahead: int,
+    causal: bool,
+    skip: int | None,
+    padding: Bool[Tensor, "b m"] | None,
+) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
+    """Blocks of `size` rows whose windows are whole: row i stands at key i + window."""
+    b, h, n = q.shape[:3]
+    width = window + size + ahead
+    position = torch.arange(width, device=q.device)
+    bias = _bias(_gaps(position[window : window + size], position), window, causal, skip, q)
+    if padding is not None:
+        seen = padding.unfold(1, width, size)[:, None, :, None].expand(-1, h, -1, -1, -1).flatten(0, 1)
+        bias = bias.masked_fill(~seen, -torch.inf)
+    keys, values = (windows(x, width, size).flatten(0, 1) for x in (k, v))
+    out, lse = partial_attention(q.unflatten(2, (-1, size)).flatten(0, 1), keys, values, bias=bias)
+    return out.reshape(b, h, n, -1), lse.reshape(b, h, n)
+
+
+def _gaps(row: Int[Tensor, "n"], key: Int[Tensor, "m"]) -> Int[Tensor, "n m"]:
+    """How far each key lies before each row."""
+    return row[:, None] - key
+
+
+def _bias(
+    gap: Int[Tensor, "n m"], window: int, causal: bool, skip: int | None, like: Float[Tensor, "..."]
+) -> Float[Tensor, "n m"]:
+    """0 on the band and -inf elsewhere."""
+    near = (gap < window) & (gap > (-1 if causal else -window))
+    near = near if skip is None else near & (gap % skip != 0)
+    return torch.zeros(gap.shape, dtype=like.dtype, device=like.device).masked_fill(~near, -torch.inf)
 
 
 def leading_and_band(
@@ -81,50 +142,3 @@ def leading_and_band(
     if lead == 0:
         return near[0]
     return merge(near, partial_attention(rows, k[:, :, :lead], v[:, :, :lead], key_padding_mask=first))[0]
-
-
-def _triangles(
-    q: Float[Tensor, "b t h w d"],
-    k: Float[Tensor, "b t h w d"],
-    v: Float[Tensor, "b t h w dv"],
-    padding: Float[Tensor, "b t 1 1 w"] | None,
-) -> tuple[Float[Tensor, "b t h w dv"], Float[Tensor, "b t h w"]]:
-    """The triangle of the own block and, from the second block on, the complement in the block before."""
-    b, t, w = q.shape[0], q.shape[1], q.shape[3]
-    bias = None if padding is None else padding.flatten(0, 1)
-    own = partial_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), causal=True, bias=bias)
-    row = torch.arange(w, device=q.device)
-    before = torch.zeros(w, w, dtype=q.dtype, device=q.device).masked_fill(row <= row[:, None], -torch.inf)
-    before = before if padding is None else before + padding[:, :-1].flatten(0, 1)
-    q, k, v = q[:, 1:].flatten(0, 1), k[:, :-1].flatten(0, 1), v[:, :-1].flatten(0, 1)
-    previous = partial_attention(q, k, v, bias=before)
-    out, lse = (x.unflatten(0, (b, t)) for x in own)
-    merged = merge((out[:, 1:].flatten(0, 1), lse[:, 1:].flatten(0, 1)), previous)
-    rest_out, rest_lse = (x.unflatten(0, (b, t - 1)) for x in merged)
-    return torch.cat([out[:, :1], rest_out], 1), torch.cat([lse[:, :1], rest_lse], 1)
-
-
-def _three_blocks(
-    q: Float[Tensor, "b t h w d"],
-    k: Float[Tensor, "b t h w d"],
-    v: Float[Tensor, "b t h w dv"],
-    padding: Float[Tensor, "b t 1 1 w"] | None,
-    skip: int | None,
-) -> tuple[Float[Tensor, "b t h w dv"], Float[Tensor, "b t h w"]]:
-    """The band |i - j| < w over the own block and its neighbors; blocks beyond the ends are hidden."""
-    b, t, w = q.shape[0], q.shape[1], q.shape[3]
-    gap = torch.arange(-w, 2 * w, device=q.device) - torch.arange(w, device=q.device)[:, None]
-    near = gap.abs() < w
-    near = near if skip is None else near & (gap % skip != 0)
-    beyond = _neighbors(torch.zeros(1, t, 1, w, 1, device=q.device), fill=1.0)[:, :, :, None, :, 0] > 0
-    bias = torch.zeros(1, t, 1, w, 3 * w, dtype=q.dtype, device=q.device).masked_fill(~near | beyond, -torch.inf)
-    bias = bias if padding is None else bias + _neighbors(padding.mT).mT
-    bias = bias.expand(b, -1, -1, -1, -1).flatten(0, 1)
-    out, lse = partial_attention(q.flatten(0, 1), _neighbors(k).flatten(0, 1), _neighbors(v).flatten(0, 1), bias=bias)
-    return out.unflatten(0, (b, t)), lse.unflatten(0, (b, t))
-
-
-def _neighbors(x: Float[Tensor, "b t h w d"], fill: float = 0.0) -> Float[Tensor, "b t h 3*w d"]:
-    """Each block between the one before and the one after, `fill` beyond the ends."""
-    x = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1), value=fill)
-    return torch.cat([x[:, :-2], x[:, 1:-1], x[:, 2:]], 3)

@@ -49,13 +49,8 @@ def partial_attention(
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf)
     mask, visible = _mask(q, causal, key_padding_mask, bias)
     width = max(q.shape[-1], v.shape[-1])
-    out, lse = _Partial.apply(_widen(q, width), _widen(k, width), _widen(v, width), mask, causal, scale)
-    out = out[..., : v.shape[-1]]
-    if visible is not None:
-        out = torch.where(visible[..., None], out, 0)
-        lse = torch.where(visible, lse, -torch.inf)
-    poison = q.detach().sum(-1) * 0
-    return out + poison[..., None], lse + poison
+    out, lse = _Partial.apply(_widen(q, width), _widen(k, width), _widen(v, width), mask, visible, causal, scale)
+    return out[..., : v.shape[-1]], lse
 
 
 def merge(
@@ -65,14 +60,18 @@ def merge(
 
     Rows that are empty (lse = -inf) in some or in all parts are weighed by zero, their gradient included.
     """
-    outs, lses = torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+    lses = torch.stack([part[1] for part in parts])
     empty = lses == -torch.inf
     # A finite floor keeps the softmax of an all-empty row, and its gradient, free of NaN.
     floor = torch.finfo(lses.dtype).min / 4
     lses = lses.masked_fill(empty, floor)
-    weights = torch.softmax(lses, 0).masked_fill(empty, 0)
+    weights = torch.softmax(lses, 0).masked_fill(empty, 0)[..., None].to(parts[0][0].dtype)
     lse = torch.logsumexp(lses, 0).masked_fill(empty.all(0), -torch.inf)
-    return (weights[..., None].to(outs.dtype) * outs).sum(0), lse
+    # One pass over each part: stacked, the parts would be copied first.
+    out = weights[0] * parts[0][0]
+    for weight, part in zip(weights[1:], parts[1:], strict=True):
+        out = torch.addcmul(out, weight, part[0])
+    return out, lse
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
@@ -108,7 +107,14 @@ class _Partial(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        visible: Tensor | None,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         ctx.causal, ctx.scale = causal, scale
         ctx.extra = ()
@@ -126,6 +132,13 @@ class _Partial(torch.autograd.Function):
         else:
             out, lse = online_softmax(q, k, v, mask, causal, scale)
             kept = lse
+        # In place: out is the largest tensor here, and a fresh one costs more than the arithmetic on it.
+        poison = q.sum(-1, keepdim=True).mul_(0)
+        out.add_(poison)
+        lse = lse + poison[..., 0]
+        if visible is not None:
+            out.masked_fill_(~visible[..., None], 0)
+            lse = lse.masked_fill(~visible, -torch.inf)
         ctx.save_for_backward(q, k, v, out, kept, mask)
         return out, lse.contiguous()
 
@@ -148,7 +161,7 @@ class _Partial(torch.autograd.Function):
             )
         else:
             grads = online_softmax_backward(grad_out, q, k, v, out, lse, mask, ctx.causal, ctx.scale)
-        return grads[0], grads[1], grads[2], None, None, None
+        return grads[0], grads[1], grads[2], None, None, None, None
 
 
 def _with_lse_gradient(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor]:
