@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from attnlens.attention import build
 from attnlens.attention.nystromformer import Nystromformer
 from attnlens.attention.softmax import softmax_naive
-from attnlens.linalg.pseudo_inverse import NewtonSchulz, Ridge
+from attnlens.linalg.pseudo_inverse import NewtonSchulz, Ridge, RidgePath
 
 
 def inputs(length, *, scale=1.0, value_dim=5, head_dim=8, batch=2):
@@ -97,7 +97,7 @@ def test_padding_between_tokens_and_mixed_lengths_equal_the_short_runs():
     q, k, v = (x.detach() for x in inputs(40, batch=3))
     real = torch.rand(3, 40, generator=torch.Generator().manual_seed(0)) < 0.7
     real[1], real[2] = torch.arange(40) >= 25, torch.arange(40) < 5
-    operator = Nystromformer(8)
+    operator = Nystromformer(8, RidgePath(), num_pilots=3)
     out = operator(*(x.masked_fill(~real[:, None, :, None], torch.nan) for x in (q, k, v)), key_padding_mask=real)
     for example in range(3):
         short = operator(*(x[example : example + 1, :, real[example]] for x in (q, k, v)))
@@ -114,6 +114,34 @@ def test_rows_sum_to_one_on_peaky_inputs_whatever_the_inverse(inverse):
     exact = softmax_naive(q.double(), k.double(), v.double())
     error, null = (operator(q, k, v) - exact).norm(), (v.mean(2, keepdim=True) - exact).norm()
     assert error < 3 * null, "as large as the mean's or a small multiple: never an explosion"
+
+
+@pytest.mark.parametrize("scale", [1.0, 3**0.5, 3.0])
+@pytest.mark.parametrize(("length", "num_landmarks"), [(256, 16), (256, 64), (1024, 64), (1024, 256)])
+def test_pilots_keep_the_error_at_that_of_the_mean_on_peaky_inputs(length, num_landmarks, scale):
+    """Without them a ridge of 1e-3 has up to 2.5 times the mean's error where q and k are three times unit normal."""
+    q, k, v = (x.detach().float() for x in inputs(length, scale=scale, head_dim=64, value_dim=64))
+    exact = softmax_naive(q.double(), k.double(), v.double())
+    null = (v.mean(2, keepdim=True) - exact).norm()
+    plain, piloted = Nystromformer(num_landmarks), Nystromformer(num_landmarks, RidgePath(), num_pilots=32)
+    skill = (piloted(q, k, v) - exact).norm() / null
+    assert skill <= 1.002
+    if scale == 3:
+        assert (plain(q, k, v) - exact).norm() / null > 1.02
+
+
+def test_pilots_fit_what_they_see_at_least_as_well_as_the_mean_and_every_candidate():
+    q, k, v = (x.detach() for x in inputs(60, scale=2.5))
+    pilots = torch.arange(5) * 12 + 6
+    exact, mean = softmax_naive(q, k, v)[:, :, pilots], v.mean(2, keepdim=True)
+
+    def misfit(out):
+        return (out - exact).square().sum((-2, -1))
+
+    best = misfit(Nystromformer(12, RidgePath((1e-2, 1e-4)), num_pilots=5)(q, k, v)[:, :, pilots])
+    assert (best <= misfit(mean) + 1e-12).all()
+    for ridge in (1e-2, 1e-4):
+        assert (best <= misfit(Nystromformer(12, Ridge(ridge))(q, k, v)[:, :, pilots]) + 1e-12).all()
 
 
 def test_a_large_ridge_gives_the_mean_and_not_zero():
@@ -144,7 +172,8 @@ def test_the_residual_tells_regularized_from_exact():
 def test_the_config_takes_either_inverse_and_bad_values_name_themselves():
     config = OmegaConf.load("conf/attention/nystromformer.yaml")
     size = {"head_dim": 8, "num_heads": 2, "max_length": 128}
-    assert isinstance(build(config, **size).inverse, Ridge)
+    assert isinstance(build(config, **size).inverse, RidgePath)
+    assert build(config, **size).num_pilots == 8
     other = {"_target_": "attnlens.linalg.pseudo_inverse.NewtonSchulz", "iterations": 6}
     assert build(config, **size, inverse=other).inverse == NewtonSchulz(6)
     with pytest.raises(ValueError, match="`num_landmarks`"):

@@ -2,6 +2,7 @@
 
 A core matrix C of attention is often so ill-conditioned (5e6 on trained models) that C^{-1} amplifies what the
 landmarks do not resolve; a useful inverse is regularized, on purpose (`Ridge`) or by stopping early (`NewtonSchulz`).
+How much is a matter of the data: `RidgePath` offers several strengths.
 Both scale with C, and both treat every matrix by itself.
 
 Source of the iteration: "Nyströmformer" (Xiong et al., 2021), https://arxiv.org/abs/2102.03902, after "Chebyshev-type
@@ -11,6 +12,7 @@ whole batch, which makes an example's result depend on its neighbors.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,12 @@ class AbstractInverse(ABC):
     @abstractmethod
     def __call__(self, c: Float[Tensor, "*batch l l"], y: Float[Tensor, "*batch l r"]) -> Float[Tensor, "*batch l r"]:
         """The approximation of C^+ Y."""
+
+    def candidates(
+        self, c: Float[Tensor, "*batch l l"], y: Float[Tensor, "*batch l r"]
+    ) -> Float[Tensor, "k *batch l r"]:
+        """The approximations that a caller may choose among; one, unless the rule has several."""
+        return self(c, y)[None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,28 @@ class Ridge(AbstractInverse):
         shift = self.ridge * norm_bound(c)
         gram = c.mT @ c + shift * torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
         return torch.linalg.solve_ex(gram, c.mT @ y).result
+
+
+@dataclass(frozen=True)
+class RidgePath(AbstractInverse):
+    """`Ridge` at several strengths from one Gram matrix, for a caller that can tell which suits; by itself the first."""
+
+    ridges: Sequence[float] = (1e-3, 1e-4, 1e-2)
+
+    def __post_init__(self) -> None:
+        if len(self.ridges) == 0 or not min(self.ridges) > 0:
+            raise ValueError(f"`ridges` must be positive numbers, at least one, got {self.ridges}")
+
+    def __call__(self, c: Float[Tensor, "*batch l l"], y: Float[Tensor, "*batch l r"]) -> Float[Tensor, "*batch l r"]:
+        return Ridge(self.ridges[0])(c, y)
+
+    def candidates(
+        self, c: Float[Tensor, "*batch l l"], y: Float[Tensor, "*batch l r"]
+    ) -> Float[Tensor, "k *batch l r"]:
+        shifts = torch.stack([ridge * norm_bound(c) for ridge in self.ridges])
+        gram = c.mT @ c + shifts * torch.eye(c.shape[-1], dtype=c.dtype, device=c.device)
+        factor = torch.linalg.cholesky_ex(gram).L
+        return torch.cholesky_solve((c.mT @ y).expand(*factor.shape[:-1], y.shape[-1]), factor)
 
 
 @dataclass(frozen=True)
