@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from attnlens.attention import build
-from attnlens.attention.clustered import cluster_means, k_means
 from attnlens.attention.softmax import softmax_naive, softmax_weights
+from attnlens.linalg.kmeans import cluster_means, k_means
 from attnlens.testing.inputs import EXACT, gaussian
 
 

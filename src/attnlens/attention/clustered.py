@@ -24,58 +24,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.blocks import real_first, take_rows, tiles
+from attnlens.linalg.blocks import take_rows, tiles
 from attnlens.linalg.dense import softmax_round_off, softmax_weights
+from attnlens.linalg.kmeans import k_means
 from attnlens.linalg.partial import partial_attention
-
-
-def cluster_means(
-    x: Float[Tensor, "b h n d"], cluster: Int[Tensor, "b h n"], start: Float[Tensor, "b h c d"]
-) -> Float[Tensor, "b h c d"]:
-    """The mean of the rows of every cluster, and the row of `start` where a cluster is empty; rows of a cluster beyond
-    the last (padding) enter none."""
-    b, h, c, d = start.shape
-    first = (torch.arange(b * h, device=x.device) * (c + 1)).view(b, h, 1)
-    place = (cluster + first).flatten()
-    # One spare cluster a head takes the padding.
-    total = x.new_zeros(b * h * (c + 1), d).index_add(0, place, x.reshape(-1, d))
-    count = x.new_zeros(b * h * (c + 1)).index_add(0, place, x.new_ones(place.shape))
-    total, count = total.view(b, h, c + 1, d)[:, :, :c], count.view(b, h, c + 1, 1)[:, :, :c]
-    return torch.where(count > 0, total / count.clamp_min(1), start)
-
-
-def spread_rows(
-    x: Float[Tensor, "b h n d"], direction: Float[Tensor, "h d"], num_rows: int, mask: Bool[Tensor, "b n"] | None
-) -> Float[Tensor, "b h c d"]:
-    """The real rows at the midpoints of `num_rows` equal parts in the order of <x, direction>; all, if they are few."""
-    order = real_first((x @ direction.to(x.dtype)[..., None])[..., 0], mask)
-    count = torch.full_like(order[..., :1], x.shape[2]) if mask is None else mask.sum(-1).clamp_min(1)[:, None, None]
-    rank = (2 * torch.arange(num_rows, device=x.device) + 1) * count // (2 * num_rows)
-    return take_rows(x, order.gather(-1, rank.expand(*x.shape[:2], -1)))
-
-
-def k_means(
-    x: Float[Tensor, "b h n d"],
-    direction: Float[Tensor, "h d"],
-    num_clusters: int,
-    iterations: int,
-    mask: Bool[Tensor, "b n"] | None,
-) -> tuple[Int[Tensor, "b h n"], Float[Tensor, "b h c d"]]:
-    """Cluster and centroids after Lloyd's iterations; padding gets cluster C."""
-    fixed = x.detach()
-    centers = spread_rows(fixed, direction, num_clusters, mask)
-    cluster = _nearest(fixed, centers, mask)
-    for _ in range(iterations - 1):
-        centers = cluster_means(fixed, cluster, centers)
-        cluster = _nearest(fixed, centers, mask)
-    return cluster, cluster_means(x, cluster, centers)
-
-
-def _nearest(
-    x: Float[Tensor, "b h n d"], centers: Float[Tensor, "b h c d"], mask: Bool[Tensor, "b n"] | None
-) -> Int[Tensor, "b h n"]:
-    nearest = (x @ centers.mT - centers.square().sum(-1)[:, :, None] / 2).argmax(-1)
-    return nearest if mask is None else torch.where(mask[:, None], nearest, centers.shape[2])
 
 
 def clustered_attention(
