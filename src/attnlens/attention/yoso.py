@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
 from attnlens.linalg.blocks import take_rows
-from attnlens.linalg.hashing import gray_position
+from attnlens.linalg.hashing import gray_position, table_sums
 
 ROWS = 256
 IN_FLIGHT = 2**22  # elements of gathered values at a time
@@ -82,17 +82,6 @@ def codes(x: Float[Tensor, "b h n d"], planes: Float[Tensor, "h d bits"], num_bi
     return gray_position(bits.unflatten(-1, (-1, num_bits))).mT.contiguous()
 
 
-def table_sums(
-    of_queries: Int[Tensor, "b h r n"], of_keys: Int[Tensor, "b h r m"], v: Float[Tensor, "b h m dv"], num_bits: int
-) -> Float[Tensor, "b h n dv"]:
-    """sum_r sum_j 1[equal codes] v_j by one table of 2^num_bits rows a hash."""
-    (b, h, r, n), (m, dv) = of_queries.shape, v.shape[2:]
-    row = (torch.arange(b * h * r, device=v.device) << num_bits).view(b, h, r, 1)
-    values = v[:, :, None].expand(b, h, r, m, dv).reshape(-1, dv)
-    table = v.new_zeros(b * h * r << num_bits, dv).index_add(0, (of_keys + row).flatten(), values)
-    return table.index_select(0, (of_queries + row).flatten()).view(b, h, r, n, dv).sum(2)
-
-
 def causal_sums(
     of_queries: Int[Tensor, "b h r n"], of_keys: Int[Tensor, "b h r n"], v: Float[Tensor, "b h n dv"]
 ) -> Float[Tensor, "b h n dv"]:
@@ -123,7 +112,7 @@ def sampled_sums(
     for start in range(0, num_hashes, step):
         part = planes[..., start * num_bits : (start + step) * num_bits]
         of_queries, of_keys = codes(q, part, num_bits), codes(k, part, num_bits)
-        sums = causal_sums(of_queries, of_keys, v) if causal else table_sums(of_queries, of_keys, v, num_bits)
+        sums = causal_sums(of_queries, of_keys, v) if causal else table_sums(of_queries, of_keys, v, 1 << num_bits)
         total = total + sums
     # A NaN query has the code of some healthy one: its row is made NaN.
     return total / num_hashes + q.detach().sum(-1, keepdim=True) * 0
