@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnlens.linalg.prefix import causal_kernel_attention, chunk_length, kernel_attention, normalized
+from attnlens.linalg.prefix import causal_kernel_attention, kernel_attention, normalized
 
 
 def features(length, width=6, value_dim=5):
@@ -52,8 +52,3 @@ def test_a_query_that_saw_nothing_gives_zero_with_a_finite_gradient():
     assert (out == 0).all()
     assert normalizer.grad.isfinite().all()
     assert numerator.grad[0, 0, 1, 0] == 0.5
-
-
-def test_no_chunk_spans_a_whole_short_sequence():
-    """One chunk of 64 tokens made the causal form at length 64 twice as expensive as exact attention."""
-    assert [chunk_length(n) for n in (1, 17, 64, 100, 256, 4096)] == [16, 16, 16, 25, 64, 64]

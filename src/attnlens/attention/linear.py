@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.attention.base import AbstractRecurrentAttention
-from attnlens.linalg.prefix import PrefixState, causal_kernel_attention, kernel_attention
+from attnlens.linalg.prefix import PrefixState, causal_kernel_attention, empty_prefix, kernel_attention
 
 
 def elu_features(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
@@ -102,9 +102,7 @@ class Linear(AbstractRecurrentAttention):
 
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> PrefixState:
         """Empty sums."""
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        mass = torch.zeros(batch, num_heads, head_dim, dtype=dtype, device=like.device)
-        return PrefixState(mass.new_zeros(*mass.shape, value_dim), mass)
+        return empty_prefix(batch, num_heads, head_dim, value_dim, like)
 
     def step(
         self,

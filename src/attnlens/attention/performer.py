@@ -30,8 +30,8 @@ from torch import Tensor
 
 from attnlens.attention.base import AbstractRecurrentAttention
 from attnlens.linalg.partial import merge, partial_attention
-from attnlens.linalg.prefix import chunk_length
 from attnlens.linalg.random_features import gaussian_projections, positive_log_features
+from attnlens.linalg.scan import chunk_length
 
 
 class PerformerState(NamedTuple):

@@ -1,16 +1,14 @@
 """Causal products with a kernel of finitely many features, by chunks: prefix sums that are never materialized.
 
-For features f(q_i), f(k_j) >= 0 in R^m and values v_j,
+For features f(q_i), f(k_j) in R^m with positive kernel and values v_j,
 
     out_i = sum_{j <= i} <f(q_i), f(k_j)> v_j / sum_{j <= i} <f(q_i), f(k_j)>
           = (f(q_i) S_i) / (f(q_i) z_i),   S_i = sum_{j <= i} f(k_j) v_j^T,   z_i = sum_{j <= i} f(k_j).
 
-Within a chunk of c tokens the masked c x c products are formed, across chunks one running (S, z) is kept: time
-O(n m dv + n c (m + dv)), memory O(m dv + c^2) beside the inputs. One running state beats all states at once
-on a CPU, since it stays in cache.
+The normalizer is the numerator of values that are one, so (S, z) is one state of dv + 1 columns and the chunks are
+those of attnlens.linalg.scan: time O(n m dv + n c (m + dv)) for chunks of c, memory O(n m dv / c).
 
-Source: "Transformers are RNNs" (Katharopoulos et al., 2020), https://arxiv.org/abs/2006.16236; the chunked form is that
-of "Gated Linear Attention Transformers with Hardware-Efficient Training" (Yang et al., 2024).
+Source: "Transformers are RNNs" (Katharopoulos et al., 2020), https://arxiv.org/abs/2006.16236.
 """
 
 from typing import NamedTuple
@@ -18,17 +16,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
-SHORTEST, LONGEST = 16, 64
-
-
-def chunk_length(length: int) -> int:
-    """Tokens of a chunk: a quarter of the sequence, between 16 and 64.
-
-    One chunk over a short sequence would form the whole masked matrix and cost as much as exact attention; chunks below
-    16 cost more in calls than they save in products.
-    """
-    return max(SHORTEST, min(LONGEST, -(-length // 4)))
+from attnlens.linalg.scan import chunked_scan
 
 
 class PrefixState(NamedTuple):
@@ -36,6 +26,13 @@ class PrefixState(NamedTuple):
 
     moment: Float[Tensor, "b h m dv"]
     mass: Float[Tensor, "b h m"]
+
+
+def empty_prefix(batch: int, num_heads: int, num_features: int, value_dim: int, like: Tensor) -> PrefixState:
+    """The sums over no key, on the device of `like` and in at least float32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    mass = torch.zeros(batch, num_heads, num_features, dtype=dtype, device=like.device)
+    return PrefixState(mass.new_zeros(*mass.shape, value_dim), mass)
 
 
 def normalized(numerator: Float[Tensor, "b h n dv"], normalizer: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n dv"]:
@@ -61,17 +58,8 @@ def causal_kernel_attention(
 ) -> tuple[PrefixState | None, Float[Tensor, "b h n dv"]]:
     """Every query over the keys up to its own and those in `state`; the state after the last token where
     `final_state` asks for it."""
-    outs, n = [], v.shape[2]
-    chunk = chunk_length(n) if chunk is None else chunk
-    for start in range(0, n, chunk):
-        queries, keys, values = (x[:, :, start : start + chunk] for x in (f_q, f_k, v))
-        weights = (queries @ keys.mT).tril()
-        numerator, normalizer = weights @ values, weights.sum(-1)
-        if state is not None:
-            numerator = numerator + queries @ state.moment
-            normalizer = normalizer + (queries @ state.mass[..., None]).squeeze(-1)
-        outs.append(normalized(numerator, normalizer))
-        if final_state or start + chunk < n:
-            fresh = PrefixState(keys.mT @ values, keys.sum(-2))
-            state = fresh if state is None else PrefixState(state.moment + fresh.moment, state.mass + fresh.mass)
-    return state, torch.cat(outs, 2)
+    past = None if state is None else torch.cat([state.moment, state.mass[..., None]], -1)
+    values = F.pad(v, (0, 1), value=1.0)
+    after, out = chunked_scan(f_q, f_k, values, state=past, final_state=final_state, chunk=chunk)
+    new = None if after is None else PrefixState(after[..., :-1], after[..., -1])
+    return new, normalized(out[..., :-1], out[..., -1])
