@@ -8,6 +8,7 @@ import torch
 
 from attnlens.linalg.key_selection import KMeans, KMedian, Leverage
 from attnlens.linalg.kmedian import cluster_medians, k_medians, nearest_l1
+from attnlens.testing.inputs import gaussian
 
 HEADS = {"head_dim": 4, "num_heads": 2, "seed": 0}
 RULES = {"k-means": KMeans(**HEADS), "k-median": KMedian(**HEADS), "leverage": Leverage()}
@@ -83,3 +84,12 @@ def test_leverage_takes_the_only_key_of_a_direction():
     x[..., 0] = torch.linspace(5, 6, 9, dtype=torch.float64)
     x[0, 0, 6, 2] = 0.1
     assert 6 in Leverage()(x, 1, None)[0, 0]
+
+
+def test_equally_far_keys_are_chosen_by_position_whatever_the_round_off():
+    """A GPU took the other key of a cluster of two: both are as far from their mean, up to the last bit."""
+    k = gaussian(30)[0]
+    base = KMeans(head_dim=8, num_heads=2, seed=0)(k, 12, None)
+    for draw in range(5):
+        noise = torch.randn(k.shape, generator=torch.Generator().manual_seed(draw), dtype=k.dtype)
+        assert torch.equal(KMeans(head_dim=8, num_heads=2, seed=0)(k * (1 + 1e-13 * noise), 12, None), base)

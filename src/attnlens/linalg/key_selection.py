@@ -50,8 +50,13 @@ class Leverage(AbstractKeySelection):
 def nearest_members(
     distance: Float[Tensor, "b h m"], cluster: Int[Tensor, "b h m"], mask: Bool[Tensor, "b m"] | None
 ) -> Int[Tensor, "b h m"]:
-    """Keys in the order of their rank within their cluster by distance to its center, ties by position."""
-    order = distance.argsort(dim=-1, stable=True)
+    """Keys in the order of their rank within their cluster by distance to its center, ties by position.
+
+    The two keys of a cluster of two are equally far from its mean, and round-off, which differs from device to device,
+    must not choose: distances within a thousandth of each other count as equal.
+    """
+    steps = distance.clamp_min(torch.finfo(distance.dtype).tiny).log().mul(1000).round()
+    order = steps.argsort(dim=-1, stable=True)
     label = cluster.gather(-1, order)
     by_cluster = order.gather(-1, label.argsort(dim=-1, stable=True))
     ordered = cluster.gather(-1, by_cluster)

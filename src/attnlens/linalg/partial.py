@@ -48,7 +48,8 @@ def partial_attention(
         # The kernels divide by these lengths; on a CPU an empty one ends the process.
         return q.new_zeros(*q.shape[:3], v.shape[-1]), q.new_full(q.shape[:3], -torch.inf)
     mask, visible = _mask(q, causal, key_padding_mask, bias)
-    width = max(q.shape[-1], v.shape[-1])
+    step = _alignment(q)
+    width = -(-max(q.shape[-1], v.shape[-1]) // step) * step
     out, lse = _Partial.apply(_widen(q, width), _widen(k, width), _widen(v, width), mask, visible, causal, scale)
     return out[..., : v.shape[-1]], lse
 
@@ -74,10 +75,19 @@ def merge(
     return out, lse
 
 
+def _alignment(x: Tensor) -> int:
+    """Elements in the 16 bytes that rows must be a multiple of for the GPU's kernels; 1 elsewhere."""
+    return 16 // x.element_size() if x.device.type == "cuda" else 1
+
+
 def _widen(x: Tensor, width: int) -> Tensor:
-    """Zero columns up to `width`: the kernels want values as wide as queries, and last-axis contiguity."""
-    x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """Zero columns up to `width`: the kernels want values as wide as queries, last-axis contiguity and, on a GPU, rows
+    that start at multiples of 16 bytes."""
+    if x.shape[-1] < width:
+        return F.pad(x, (0, width - x.shape[-1]))
+    step = _alignment(x)
+    aligned = step == 1 or all(place % step == 0 for place in (*x.stride()[:-1], x.storage_offset()))
+    return x if x.stride(-1) == 1 and aligned else x.contiguous()
 
 
 def _mask(
