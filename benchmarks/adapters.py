@@ -117,9 +117,7 @@ def reformer(length: int, causal: bool, *, bucket_size: int, num_rounds: int) ->
     """reformer-pytorch's LSHAttention on q as both queries and keys, buckets masked as in the paper."""
     from reformer_pytorch.reformer_pytorch import LSHAttention
 
-    peer = LSHAttention(
-        bucket_size=bucket_size, n_hashes=num_rounds, causal=causal, attend_across_buckets=False
-    ).eval()
+    peer = LSHAttention(bucket_size=bucket_size, n_hashes=num_rounds, causal=causal, attend_across_buckets=False).eval()
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return peer(q.flatten(0, 1), v.flatten(0, 1))[0].view_as(v)

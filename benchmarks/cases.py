@@ -16,6 +16,7 @@ class Case:
         arguments: what replaces the values in that file.
         length, causal, backward: the task; 8 heads of 64, batch 1, float32.
         peer: builds the peer as peer(length, causal, **peer_arguments); None where exact attention alone is compared.
+        short: what replaces arguments of both sides, where they have them, at the short length of the errors.
         goal: least ratios of time to reach, "peer" and "exact", and the largest share of the peer's "memory".
     """
 
@@ -27,32 +28,35 @@ class Case:
     backward: bool = False
     peer: Callable[..., adapters.Attention] | None = None
     peer_arguments: dict[str, object] = field(default_factory=dict)
+    short: dict[str, object] = field(default_factory=dict)
     goal: dict[str, float] = field(default_factory=dict)
 
 
-def window(name: str, length: int, peer: Callable[..., adapters.Attention], backward: bool, **goal: float) -> Case:
+def window(name: str, length: int, other: Callable[..., adapters.Attention], backward: bool, **goal: float) -> Case:
     """A causal window of 256."""
     arguments: dict[str, object] = {"window": 256}
-    return Case(name, "window", arguments, length, True, backward, peer, arguments, goal)
+    return Case(name, "window", arguments, length, True, backward, other, arguments, goal=goal)
 
 
 def nystrom(landmarks: int, **goal: float) -> Case:
     """Landmarks with pilots, beside six Newton-Schulz steps."""
     ridges = {"_target_": "attnlens.linalg.pseudo_inverse.RidgePath", "ridges": [1e-3, 1e-4, 1e-2]}
     arguments = {"num_landmarks": landmarks, "inverse": ridges, "num_pilots": 32}
-    peer = {"num_landmarks": landmarks}
+    others: dict[str, object] = {"num_landmarks": landmarks}
     name = f"nystromformer {landmarks}"
-    return Case(name, "nystromformer", arguments, peer=adapters.nystrom, peer_arguments=peer, goal=goal)
+    return Case(name, "nystromformer", arguments, peer=adapters.nystrom, peer_arguments=others, goal=goal)
 
 
 def reformer(name: str, length: int, causal: bool, **goal: float) -> Case:
     """Four rounds of chunks of 64."""
     arguments: dict[str, object] = {"chunk_size": 64, "num_rounds": 4}
-    peer: dict[str, object] = {"bucket_size": 64, "num_rounds": 4}
-    return Case(name, "reformer", arguments, length, causal, False, adapters.reformer, peer, goal)
+    others: dict[str, object] = {"bucket_size": 64, "num_rounds": 4}
+    return Case(name, "reformer", arguments, length, causal, False, adapters.reformer, others, goal=goal)
 
 
 CASES = [
+    Case("mean", "mean", {}),
+    Case("mean causal", "mean", {}, causal=True),
     window("window", 4096, adapters.local_attention, False, peer=4),
     window("window flex", 4096, adapters.flex, False, peer=2),
     window("window 8192", 8192, adapters.local_attention, False, peer=4, exact=6),
@@ -85,6 +89,7 @@ CASES = [
         length=8192,
         peer=adapters.routing,
         peer_arguments={"num_clusters": 64, "window": 128},
+        short={"num_clusters": 8},
         goal={"peer": 2},
     ),
     Case(

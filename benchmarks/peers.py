@@ -6,7 +6,7 @@
     python -m attnlens.report.readme                # the table in README
 
 On one thread the clock is the process's CPU time, on more it is the wall's. Peers come with
-`pip install -c constraints.txt -e '.[peers]'`; one that is not installed is skipped by name. Errors on real Q, K, V need
+`pip install -c constraints.txt -e '.[peers]'`; one that is not installed is skipped by name. Errors on real Q, K, V
 need `benchmarks/real.py` first.
 """
 
@@ -39,9 +39,15 @@ def configured(method: str, arguments: dict[str, object]) -> dict[str, object]:
     return {**config, **arguments}
 
 
+def at(length: int, case: Case, arguments: dict[str, object]) -> dict[str, object]:
+    """Arguments of either side at a length."""
+    changed = {name: value for name, value in case.short.items() if name in arguments}
+    return arguments if length == case.length else arguments | changed
+
+
 def ours(case: Case, length: int) -> measure.Attention:
     """The operator of a case as a function of q, k, v."""
-    config = configured(case.method, case.arguments)
+    config = configured(case.method, at(length, case, case.arguments))
     operator = build(config, head_dim=64, num_heads=8, max_length=length).eval()
     return lambda q, k, v: operator(q, k, v, causal=case.causal)
 
@@ -52,7 +58,7 @@ def peer(case: Case, length: int) -> measure.Attention | str | None:
         return None
     torch.manual_seed(0)
     try:
-        return case.peer(length, case.causal, **case.peer_arguments)
+        return case.peer(length, case.causal, **at(length, case, case.peer_arguments))
     except ImportError as error:
         return f"{error.name} is not installed"
 

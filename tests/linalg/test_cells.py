@@ -45,7 +45,7 @@ def test_points_are_the_means_of_disjoint_sets_that_hold_every_real_token(length
             for cell in range(cells.keys.shape[1]):
                 for point in range(cells.keys.shape[2]):
                     held = cells.values[head, cell, point] > 0
-                    assert cells.count[head, cell, point] == held.sum()
+                    assert cells.num_tokens[head, cell, point] == held.sum()
                     seen += held
                     if not held.any():
                         continue
@@ -108,7 +108,7 @@ def test_listed_attention_equals_its_dense_form_forward_and_backward(variance):
     scores, values = [], []
     for cells, table in ((coarse, far), (tokens, beside)):
         keys = cells.keys.flatten(1, 2)[:, None]
-        score = rows @ keys.mT * 8**-0.5 + cells.count.flatten(1)[:, None, None].log()
+        score = rows @ keys.mT * 8**-0.5 + cells.num_tokens.flatten(1)[:, None, None].log()
         if cells.variance is not None:
             score = score + rows.square() @ cells.variance.flatten(1, 2)[:, None].mT / 16
         scores.append(score.masked_fill(~visible_points(table, cells.keys.shape[2])[None, :, None], -torch.inf))

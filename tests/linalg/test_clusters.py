@@ -50,7 +50,7 @@ def test_opens_in_order_of_score_what_fits(slots):
             for i in range(9):
                 best = greedy(score[b, h, i].tolist(), sizes, slots)
                 assert {c for c in opened.clusters[b, h, i].nonzero()[:, 0].tolist() if sizes[c]} == best
-                keys = opened.index[b, h, i][opened.filled[b, h, i]].tolist()
+                keys = opened.members[b, h, i][opened.filled[b, h, i]].tolist()
                 assert sorted(keys) == [j for j in range(40) if cluster[b, h, j].item() in best]
 
 
@@ -59,7 +59,7 @@ def test_one_cluster_beyond_the_budget_does_not_close_all():
     score, members = torch.tensor([[[[2.0, 1.0, 0.0]]]]), torch.tensor([[[[5, 1, 2]]]])
     opened = open_best(score, members, members.cumsum(-1) - members, torch.arange(8).view(1, 1, 8), 3)
     assert opened.clusters[0, 0, 0].tolist() == [False, True, True]
-    assert opened.index[0, 0, 0].tolist() == [5, 6, 7]
+    assert opened.members[0, 0, 0].tolist() == [5, 6, 7]
 
 
 def test_coarse_means_count_keys():
@@ -89,7 +89,7 @@ def test_two_levels_with_room_for_all_are_one(num_clusters):
     one, two = one_level(q, fine, 9, True), two_levels(q, coarse, fine, num_clusters, 9, True)
     assert torch.allclose(one.far[0], two.far[0], atol=EXACT)
     assert torch.allclose(one.far[1], two.far[1], atol=EXACT)
-    sets = [torch.where(x.keys.filled, x.keys.index, -1).sort(-1).values for x in (one, two)]
+    sets = [torch.where(x.keys.filled, x.keys.members, -1).sort(-1).values for x in (one, two)]
     assert torch.equal(*sets)
 
 

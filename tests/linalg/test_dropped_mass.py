@@ -54,3 +54,30 @@ def test_padding_is_never_read_and_a_band_gives_the_bound_of_the_window():
         expected = Window(4).error_bound(q, k, v, causal=causal, key_padding_mask=mask)
         real = mask[:, None].expand_as(found)
         assert torch.allclose(found[real], expected[real], rtol=1e-9)
+
+
+def test_a_row_whose_visited_weights_underflow_may_still_err_by_the_diameter():
+    """Logits 2000 apart: the visited key weighs nothing in the exact row, and its value may be opposite to the other.
+    Such rows counted as empty, with a bound of max |v|, half of the error."""
+    q = torch.full((1, 1, 2, 1), 1000.0, dtype=torch.float64)
+    k = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 2, 1)
+    visited = torch.tensor([False, True]).expand(1, 1, 2, 2)
+    bound = dropped_mass_bound(visited, q, k, k, causal=False, key_padding_mask=None)
+    error = (k[:, :, 1:] - softmax_weights(q, k) @ k).norm(dim=-1)
+    assert (error == 2).all()
+    assert (error <= bound).all()
+
+
+def test_the_diameter_of_values_that_are_long_and_close():
+    """As a difference of squared norms it was off by half in the last case."""
+    q, k, v = gaussian(43)
+    for t in (1e-3, 1e-5, 1e-6):
+        visited = random_pattern(43)
+        visited[..., 0] = True
+        moved = 1000 + t * v
+        bound = dropped_mass_bound(visited, q, k, moved, causal=False, key_padding_mask=None)
+        error = (restricted(q, k, moved, visited) - softmax_weights(q, k) @ moved).norm(dim=-1)
+        diameter = (moved[:, :, :, None] - moved[:, :, None]).norm(dim=-1).amax((-2, -1))[..., None]
+        dropped = softmax_weights(q, k).masked_fill(visited, 0).sum(-1)
+        assert (error <= bound).all()
+        assert torch.allclose(bound, dropped * diameter, rtol=1e-3, atol=1e-9)

@@ -93,3 +93,16 @@ def test_equally_far_keys_are_chosen_by_position_whatever_the_round_off():
     for draw in range(5):
         noise = torch.randn(k.shape, generator=torch.Generator().manual_seed(draw), dtype=k.dtype)
         assert torch.equal(KMeans(head_dim=8, num_heads=2, seed=0)(k * (1 + 1e-13 * noise), 12, None), base)
+
+
+def test_repeated_keys_are_chosen_by_position_whatever_the_padding():
+    """Independent tokens, each repeated: all scores are one over a whole number, and 12 of 30 choices moved with the
+    shape of the padded input."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        length = 150 + 37 * seed
+        tokens = torch.randn(1, 2, 20, 64, generator=generator, dtype=torch.float64)
+        x = tokens[:, :, torch.randint(0, 20, (length,), generator=generator)]
+        mask = torch.rand(1, length, generator=generator) < 0.7
+        padded = Leverage()(torch.where(mask[:, None, :, None], x, 0), 30, mask)
+        assert torch.equal(padded, mask[0].nonzero()[:, 0][Leverage()(x[:, :, mask[0]], 30, None)])

@@ -285,6 +285,8 @@ def cost(func: torch._ops.OpOverload, arguments: Arguments, out: object) -> Numb
     plain = name if name in FORMULAS else name.removesuffix("_")
     if plain in FORMULAS:
         return FORMULAS[plain](arguments, out)
-    if torch.Tag.pointwise in func.tags or plain in DIVISIONS | TRANSCENDENTALS:
+    # Some operators in place lack the tag that the others have.
+    other = getattr(getattr(torch.ops.aten, plain, None), func._overloadname, func)
+    if torch.Tag.pointwise in [*func.tags, *other.tags] or plain in DIVISIONS | TRANSCENDENTALS:
         return _pointwise(plain, arguments, out)
     return _torch_formula(func, arguments, out)

@@ -26,7 +26,7 @@ for every doubling, so that `max_length` decides how many there are.
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,7 +59,9 @@ def summaries(
     missing = -size % group
     count = token_count(key_padding_mask, h, n, size, k)
     real = F.pad(count, (0, missing)).unflatten(2, (-1, group))
-    shares = torch.softmax(weights.to(k.dtype), -1).repeat(1, b, 1)[:, :, None, None] * real
+    levels = weights.to(k.dtype).repeat(1, b, 1)[:, :, None, None]
+    # Hidden before the softmax: beside a padded token of large weight all others may underflow.
+    shares = torch.softmax(levels.masked_fill(real == 0, torch.finfo(k.dtype).min), -1) * real
     shares = shares / torch.where(real.sum(-1) > 0, shares.sum(-1), 1)[..., None]
     keys, values = (
         (share[..., None, :] @ F.pad(fold(x, size), (0, 0, 0, missing)).unflatten(2, (-1, group))).squeeze(-2)
@@ -90,6 +92,26 @@ def num_levels(length: int, block_size: int) -> int:
     while -(-length // (block_size << level)) > 2:
         level += 1
     return level
+
+
+def runs(
+    weights: Float[Tensor, "h g"],
+    k: Float[Tensor, "b h n d"],
+    size: int,
+    num_points: int,
+    key_padding_mask: Bool[Tensor, "b n"] | None,
+) -> tuple[Int[Tensor, "b h n"], Float[Tensor, "b h c"]]:
+    """The run of every token and the range, over its real tokens, of the weights before their softmax: for analysis."""
+    b, h, n = k.shape[:3]
+    position = torch.arange(n, device=k.device)
+    group, place = weights.shape[-1], position % size
+    owner = (position // size * num_points + place // group).expand(b, h, n)
+    level = weights[:, place % group].expand(b, h, n)
+    real = torch.ones_like(level, dtype=torch.bool)
+    real = real if key_padding_mask is None else real & key_padding_mask[:, None]
+    empty = torch.full_like(level[..., :1], -torch.inf).expand(b, h, -(-n // size) * num_points)
+    most, least = (empty.scatter_reduce(-1, owner, x.masked_fill(~real, -torch.inf), "amax") for x in (level, -level))
+    return owner, torch.where(most > -torch.inf, most + least, 0)
 
 
 def fast_multipole_attention(
@@ -155,18 +177,12 @@ class FastMultipole(AbstractAttention):
         if key_padding_mask is not None:
             real = key_padding_mask[:, None, :, None]
             q, k, v = (torch.where(real, x, 0) for x in (q, k, v))
-        (b, h, n), parts = k.shape[:3], []
-        eye = torch.eye(n, dtype=k.dtype, device=k.device).expand(b, h, n, n)
-        for size, cells, table in far_levels(
-            k, eye, self.block_size, self._weights(n), causal=causal, key_padding_mask=key_padding_mask
-        ):
-            # Row c of what the summaries make of the identity holds the value weights of run c.
-            shares = cells.values.flatten(1, 2).unflatten(0, (b, h))
-            largest = shares.amax(-1)
-            smallest = shares.masked_fill(shares == 0, torch.inf).amin(-1)
-            weight_range = torch.where(largest > 0, (largest / smallest).clamp_min(1).log(), 0)
-            visible = visible_points(table, cells.keys.shape[2]).repeat_interleave(size, 0)[None, None, :n]
-            parts.append(Points(shares.argmax(2), visible, point_exponents(q, cells), weight_range))
+        parts, weights = [], self._weights(k.shape[2])
+        masks = {"causal": causal, "key_padding_mask": key_padding_mask}
+        for level, (size, cells, table) in enumerate(far_levels(k, v, self.block_size, weights, **masks)):
+            owner, weight_range = runs(weights[level][1].to(k.dtype), k, size, cells.keys.shape[2], key_padding_mask)
+            visible = visible_points(table, cells.keys.shape[2]).repeat_interleave(size, 0)[None, None, : k.shape[2]]
+            parts.append(Points(owner, visible, point_exponents(q, cells), weight_range))
         return cell_bound(parts, q, k, v, causal=causal, key_padding_mask=key_padding_mask)
 
     def attend(

@@ -33,7 +33,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.hashed_blocks import dyadic_cells, equal_blocks, own_blocks
+from attnlens.linalg.hashed_blocks import dyadic_cells, equal_blocks, estimated_matrix, own_blocks
 from attnlens.linalg.sampling import sampled_rest, uniform_sample
 
 
@@ -114,16 +114,7 @@ class HyperAttention(AbstractAttention):
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], *, causal: bool = False
     ) -> Float[Tensor, "b h n n"]:
         """The matrix A~ before it is normalized: an unbiased estimate of `kernel_target`."""
-        eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
-        out, lse = self.estimate(q, k, eye, causal=causal, key_padding_mask=None)
-        return out * lse.exp()[..., None]
-
-    def kernel_target(
-        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], *, causal: bool = False
-    ) -> Float[Tensor, "b h n n"]:
-        """exp(<q_i, k_j> / sqrt(d)) of the visible pairs."""
-        kernel = (q @ k.mT * q.shape[-1] ** -0.5).exp()
-        return kernel.tril() if causal else kernel
+        return estimated_matrix(partial(self.estimate, q, causal=causal, key_padding_mask=None), k)
 
     def attend(
         self,

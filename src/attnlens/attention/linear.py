@@ -49,7 +49,9 @@ def linear_naive(
     key_padding_mask: Bool[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b h n dv"]:
     """The definition, with its matrix materialized; in float64 when given float64. Padding is not read."""
-    weights = (F.elu(q) + 1) @ (F.elu(k) + 1).mT
+    # Not elu(x) + 1, whose sum loses all of e^x at x < -37.
+    f_q, f_k = (F.relu(x) + x.clamp_max(0).exp() for x in (q, k))
+    weights = f_q @ f_k.mT
     if key_padding_mask is not None:
         real = key_padding_mask[:, None]
         weights, v = torch.where(real[..., None, :], weights, 0), torch.where(real[..., None], v, 0)

@@ -28,7 +28,7 @@ from torch import Tensor
 from attnlens.attention.base import AbstractAttention
 from attnlens.linalg.blocks import fold, take_rows, unfold
 from attnlens.linalg.cell_bound import Points, cell_bound
-from attnlens.linalg.cells import Cells, Refinement, leaves, merge_points, point_exponents
+from attnlens.linalg.cells import Cells, Refinement, leaves, merge_points, point_exponents, squared
 from attnlens.linalg.partial import merge, partial_attention
 from attnlens.linalg.selected import top_indices
 
@@ -48,10 +48,10 @@ def chosen_blocks(
     Of equal scores the first block is taken. No gradient.
     """
     t, scale = q.shape[1], q.shape[-1] ** -0.5
-    mean = q.detach().sum(2) / tokens.count.sum(-1, keepdim=True).clamp_min(1)
+    mean = q.detach().sum(2) / tokens.num_tokens.sum(-1, keepdim=True).clamp_min(1)
     if causal:
         mean = torch.cat([mean[:, :1], mean[:, :-1]], 1)
-    scores = mean @ cells.keys[:, :, 0].detach().mT * scale + cells.count[:, None, :, 0].log()
+    scores = mean @ cells.keys[:, :, 0].detach().mT * scale + cells.num_tokens[:, None, :, 0].log()
     block = torch.arange(t, device=q.device)
     hidden = (block >= block[:, None]) if causal else (block == block[:, None])
     scores = scores.masked_fill(hidden, -torch.inf)
@@ -82,7 +82,7 @@ def mra_attention(
     rows = fold(q, block_size)
     index, filled = chosen_blocks(rows, tokens, cells, num_blocks, causal=causal)
     coarse = coarse_bias(cells, index, filled, causal)
-    own = partial_attention(rows, tokens.keys, tokens.values, causal=causal, bias=tokens.count.log()[:, :, None])
+    own = partial_attention(rows, tokens.keys, tokens.values, causal=causal, bias=tokens.num_tokens.log()[:, :, None])
     outs, step = [], max(1, ROWS // block_size)
     for start in range(0, rows.shape[1], step):
         part = slice(start, start + step)
@@ -112,7 +112,7 @@ def coarse_bias(
     chosen = torch.zeros(*index.shape[:2], t, dtype=torch.bool, device=index.device).scatter(-1, index, filled)
     block = torch.arange(t, device=index.device)
     hidden = chosen | ((block >= block[:, None]) if causal else (block == block[:, None]))
-    return cells.count[:, None, :, 0].log().masked_fill(hidden, -torch.inf)
+    return cells.num_tokens[:, None, :, 0].log().masked_fill(hidden, -torch.inf)
 
 
 def _refined(
@@ -124,7 +124,7 @@ def _refined(
         take_rows(x.flatten(2)[None], index[None])[0].unflatten(3, (size, -1)).flatten(2, 3)
         for x in (tokens.keys, tokens.values)
     )
-    count = tokens.count.expand(rows.shape[0], -1, -1)
+    count = tokens.num_tokens.expand(rows.shape[0], -1, -1)
     bias = take_rows(count[None], index[None])[0].log().masked_fill(~filled[..., None], -torch.inf)
     return partial_attention(rows, keys, values, bias=bias.flatten(2)[:, :, None])
 
@@ -135,7 +135,7 @@ def _coarse(
     """Blocks of queries over block means."""
     scale, keys = rows.shape[-1] ** -0.5, cells.keys
     if cells.variance is not None:
-        rows = torch.cat([rows, rows.square() * (scale / 2)], -1)
+        rows = torch.cat([rows, squared(rows) * (scale / 2)], -1)
         keys = torch.cat([keys, cells.variance], -1)
     # Expanded, not copied: every block of queries reads the same means.
     keys, values = (x.transpose(1, 2).expand(-1, rows.shape[1], -1, -1) for x in (keys, cells.values))

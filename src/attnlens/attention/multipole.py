@@ -73,12 +73,12 @@ def opened_keys(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m dv"], fields: list[Field]
 ) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
     """`(out, lse)` of every row over the keys that it opens; the rows of the fields follow each other."""
-    width = max(field.keys.index.shape[-1] for field in fields)
+    width = max(field.keys.members.shape[-1] for field in fields)
 
     def rows(x: Tensor) -> Tensor:
         return F.pad(x, (0, width - x.shape[-1]))
 
-    index = torch.cat([rows(field.keys.index) for field in fields], 2)
+    index = torch.cat([rows(field.keys.members) for field in fields], 2)
     filled = torch.cat([rows(field.keys.filled) for field in fields], 2)
     return selected_attention(q, k, v, index, filled)
 
@@ -176,7 +176,8 @@ class Multipole(AbstractAttention):
         parts = [own_block(q, k, v, self.block_size, key_padding_mask)] if causal else []
         if not fields:
             return parts[0][0]
-        far = tuple(torch.cat([field.far[i] for field in fields], 2) for i in range(2))
+        out, lse = zip(*(field.far for field in fields), strict=True)
+        far = torch.cat(out, 2), torch.cat(lse, 2)
         near = opened_keys(q[:, :, first:], k, v, fields)
         rest = merge(far, near, *((out[:, :, first:], lse[:, :, first:]) for out, lse in parts))[0]
         return torch.cat([*(out[:, :, :first] for out, _ in parts), rest], 2)

@@ -21,8 +21,9 @@ infinite ridge. Weights may be negative.
 How much to regularize cannot be told from C: what amplifies noise on peaky inputs resolves smooth ones. So p pilot
 queries, spread evenly over the sequence, attend exactly, and the term beside 1 mu^T is scaled, head by head, by the
 alpha in [0, 1] that fits them best; of several ridges the one that fits best is taken. On the pilots the error is then
-at most that of mean(V), which alpha = 0 is, whatever the inverse does elsewhere. p = 0 leaves the formula alone. Any length and any mask: segments differ in size by one at most. The depthwise
-convolution over V that implementations add is no part of the operator: see the short convolution of the projection.
+at most that of mean(V), which alpha = 0 is, whatever the inverse does elsewhere. p = 0 leaves the formula alone. Any
+length and any mask: segments differ in size by one at most. The depthwise convolution over V that implementations add
+is no part of the operator: see the short convolution of the projection.
 """
 
 import torch

@@ -7,10 +7,10 @@ cut by rank into chunks of c, and a token sees its own and the previous chunk of
     P_i = {j != i : b_r(j) = b_r(i), floor(t_r(i) / c) - floor(t_r(j) / c) in {0, 1} for some r}   (and j < i causal),
     out_i = sum_{j in P_i} e^{<q_i, k_j>} v_j / sum_{j in P_i} e^{<q_i, k_j>},   out_i = v_i if P_i is empty.
 
-Rounds are merged by their log-sum-exp, a pair found in N_ij rounds with its logit smaller by log N_ij in each, which
-makes the merge the softmax over the union. Logits have no further scale: keys are of unit length. Time
-O(R n (c (d + R) + B d + log n)), memory O(n c) a round. Its target is the same with P_i = all others (shared-QK
-softmax), which it equals with one bucket and c >= n.
+Rounds are merged by their log-sum-exp. A pair that several rounds hold counts in the first of them, so that the rounds
+are disjoint and their merge is the softmax over the union. Logits have no further scale: keys are of unit length. Time
+O(R n (c (d + R) + B d + log n)), memory O(R n d), masks included. Its target is the same with P_i = all others
+(shared-QK softmax), which it equals with one bucket and c >= n.
 
 Ranks count the past only and belong to the token, so the causal form leaks nothing: the paper's chunks, cut from all
 tokens sorted by bucket, move when a later token enters an earlier bucket. The same chunks serve the bidirectional form.
@@ -28,80 +28,76 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.blocks import fold, inverse, take_rows, unfold
+from attnlens.linalg.blocks import fold, inverse, scores_at_once, take_rows
 from attnlens.linalg.dense import softmax_round_off
+from attnlens.linalg.hashing import polytope_buckets
 from attnlens.linalg.partial import merge, partial_attention
-
-NOWHERE = -4  # a label that is neither equal to nor one below any token's
-
-
-def polytope_buckets(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h d r k"]) -> Int[Tensor, "b h r n"]:
-    """argmax([W_r x; -W_r x]) in 0 .. 2 k - 1 for every round; a single bucket where k = 0. No gradient."""
-    r, k = rotations.shape[2:]
-    if k == 0:
-        return torch.zeros(*x.shape[:2], r, x.shape[2], dtype=torch.long, device=x.device)
-    w = (x.detach() @ rotations.flatten(2).to(x.dtype)).unflatten(-1, (r, k))
-    return torch.cat([w, -w], -1).argmax(-1).transpose(2, 3).contiguous()
+from attnlens.linalg.ranked_chunks import Band, band_bias, chunk_labels, run_bands, sees, widest_band
+from attnlens.linalg.windows import windows
 
 
-def chunk_labels(
-    buckets: Int[Tensor, "b h r n"], num_buckets: int, chunk_size: int, mask: Bool[Tensor, "b n"] | None
-) -> tuple[Int[Tensor, "b h r n"], Int[Tensor, "b h r n"]]:
-    """A number for every chunk, in which the next chunk of a bucket is the next number and no other bucket's is; and
-    the tokens in the order of (bucket, position). Padding is in a bucket of its own."""
-    n = buckets.shape[-1]
-    if mask is not None:
-        buckets = torch.where(mask[:, None, None], buckets, num_buckets)
-    ordered, order = buckets.sort(dim=-1, stable=True)
-    rank = inverse(order) - torch.searchsorted(ordered, buckets)
-    return buckets * (n // chunk_size + 2) + rank // chunk_size, order
-
-
-def sees(of_rows: Int[Tensor, "*k n #m"], of_columns: Int[Tensor, "*k #n m"]) -> Bool[Tensor, "*k n m"]:
-    """Whether the column's chunk is the row's or the one before it."""
-    return (of_rows - of_columns) >> 1 == 0
-
-
-def _neighborhood(x: Tensor, before: int, after: int) -> Tensor:
-    """Blocks (bh, t, c, f) beside the `before` ones before and the `after` ones after: (bh, t, (1 + both) c, f)."""
-    t = x.shape[1]
-    x = F.pad(x, (0, 0, 0, 0, before, after))
-    return torch.cat([x[:, start : start + t] for start in range(before + after + 1)], 2)
+def _run(
+    kv: Float[Tensor, "g 1 n f"],
+    norm: Float[Tensor, "g 1 n 1"],
+    labels: Int[Tensor, "r g p"],
+    token: Int[Tensor, "g p"],
+    band: Band,
+    causal: bool,
+    head_dim: int,
+) -> tuple[Float[Tensor, "g t s dv"], Float[Tensor, "g t s"]]:
+    """`(out, lse)` of consecutive tiles of the last of the rounds."""
+    bias = band_bias(labels, band, causal, kv.dtype)
+    k, v = take_rows(kv, token[:, None]).tensor_split([head_dim], -1)
+    rows = slice(band.before, token.shape[1] - band.after)
+    q = k[:, :, rows] * take_rows(norm, token[:, None, rows])
+    keys, values = (windows(x, band.width, band.size).flatten(0, 1) for x in (k, v))
+    return partial_attention(fold(q, band.size), keys, values, bias=bias, scale=1.0)
 
 
 def _round(
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h n d"],
-    v: Float[Tensor, "b h n dv"],
-    labels: Int[Tensor, "b h n r"],
-    order: Int[Tensor, "b h n"],
-    this: int,
-    chunk_size: int,
+    kv: Float[Tensor, "g 1 n f"],
+    norm: Float[Tensor, "g 1 n 1"],
+    labels: Int[Tensor, "r g n"],
+    order: Int[Tensor, "g n"],
+    widest: Band,
     causal: bool,
-) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
-    """`(out, lse)` of one round, every pair weighed by one over the number of rounds that hold it.
+    head_dim: int,
+) -> tuple[Float[Tensor, "g 1 n dv"], Float[Tensor, "g 1 n"]]:
+    """`(out, lse)` of the pairs that the last of the rounds has and none before it, in the order of the tokens."""
+    (g, n), (size, before, after) = order.shape, widest
+    tiles = -(-n // size)
+    labels = labels.gather(2, order.expand_as(labels))
+    slot = torch.arange(-before, tiles * size + after, device=order.device)
+    inside = slot.clamp(0, n - 1)
+    token = order[:, inside]
+    # A label that is two below any other is seen by no row.
+    doubled = 2 * torch.where(slot == inside, labels[..., inside], -2)
+    at_once = max(-(-widest.width // size), scores_at_once(kv) // (g * size * widest.width))
+    parts = []
+    for first, band in zip(range(0, tiles, at_once), run_bands(labels[-1], widest, at_once), strict=True):
+        start, end = before + first * size, before + min(first + at_once, tiles) * size
+        run = slice(start - band.before, end + band.after)
+        parts.append(_run(kv, norm, doubled[..., run], token[:, run], band, causal, head_dim))
+    out, lse = (torch.cat(x, 1).flatten(1, 2)[:, None] for x in zip(*parts, strict=True))
+    place = inverse(order)[:, None]
+    return take_rows(out, place), lse.gather(2, place)
 
-    In the order of (bucket, position) the two chunks of a row lie within 2 c places before and c after it.
-    """
-    h, n = q.shape[1:3]
-    size = min(chunk_size, n)
-    blocks = -(-n // size)
-    before, after = min(2, blocks - 1), 0 if causal else min(1, blocks - 1)
-    rows, keys, values = (fold(take_rows(x, order), size) for x in (q, k, v))
-    # Labels and positions are shifted so that the zeros with which blocks are filled up stand for NOWHERE.
-    position = torch.arange(n, device=q.device).expand(*order.shape)[..., None]
-    facts = torch.cat([labels - NOWHERE, position], -1).to(torch.int32)
-    facts = fold(facts.gather(2, order[..., None].expand_as(facts)), size)
-    around = _neighborhood(facts, before, after)
-    at, near = facts[..., :, None, :], around[..., None, :, :]
-    count = sum(sees(at[..., r], near[..., r]).to(q.dtype) for r in range(labels.shape[-1]))
-    visible = sees(at[..., this], near[..., this])
-    visible = visible & (near[..., -1] < at[..., -1] if causal else near[..., -1] != at[..., -1])
-    bias = -torch.where(visible, count, torch.inf).log()
-    keys, values = _neighborhood(keys, before, after), _neighborhood(values, before, after)
-    out, lse = partial_attention(rows, keys, values, bias=bias, scale=1.0)
-    place = inverse(order)
-    return take_rows(unfold(out, h, n), place), unfold(lse[..., None], h, n)[..., 0].gather(-1, place)
+
+def _heads(
+    q: Float[Tensor, "g n d"],
+    v: Float[Tensor, "g n dv"],
+    labels: Int[Tensor, "g r n"],
+    order: Int[Tensor, "g r n"],
+    band: Band,
+    causal: bool,
+) -> Float[Tensor, "g n dv"]:
+    q, v = q[:, None], v[:, None]
+    norm = torch.linalg.vector_norm(q, dim=-1, keepdim=True).clamp_min(1e-12)  # as in F.normalize
+    kv = torch.cat([q / norm, v], -1)
+    rounds, labels = range(labels.shape[1]), labels.transpose(0, 1)
+    parts = [_round(kv, norm, labels[: r + 1], order[:, r], band, causal, q.shape[3]) for r in rounds]
+    out, lse = merge(*parts)
+    return torch.where((lse == -torch.inf)[..., None], v, out)[:, 0]
 
 
 def reformer_attention(
@@ -114,13 +110,15 @@ def reformer_attention(
     key_padding_mask: Bool[Tensor, "b n"] | None,
 ) -> Float[Tensor, "b h n dv"]:
     """Shared-QK attention over the union of the rounds' chunks."""
-    labels, order = chunk_labels(
-        polytope_buckets(q, rotations), max(1, 2 * rotations.shape[-1]), chunk_size, key_padding_mask
-    )
-    k, by_token = F.normalize(q, dim=-1), labels.transpose(2, 3)
-    rounds = range(labels.shape[2])
-    out, lse = merge(*(_round(q, k, v, by_token, order[:, :, r], r, chunk_size, causal) for r in rounds))
-    return torch.where((lse == -torch.inf)[..., None], v, out)
+    n, num_buckets = q.shape[2], max(1, 2 * rotations.shape[-1])
+    labels, order = chunk_labels(polytope_buckets(q, rotations), num_buckets, chunk_size, key_padding_mask)
+    short = 2 * (n // chunk_size + 2 * num_buckets + 4) < 2**15  # a bound on the labels, doubled
+    labels = labels.to(torch.int16 if short else torch.int32)
+    band = widest_band(n, chunk_size, causal)
+    at_once = max(1, scores_at_once(q) // (min(n, 1024) * band.width))
+    heads = [x.flatten(0, 1).split(at_once) for x in (q, v, labels, order)]
+    parts = [_heads(*part, band=band, causal=causal) for part in zip(*heads, strict=True)]
+    return torch.cat(parts).view_as(v)
 
 
 def shared_softmax_weights(

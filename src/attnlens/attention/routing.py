@@ -7,7 +7,8 @@ of its cluster at or before position i, query i sees that chunk and the one befo
     P_i = {i} and {j : cluster(k_j) = cluster(q_i), c_i - floor(rank(j) / w) in {0, 1}}   (and j <= i causal),
     out_i = sum_{j in P_i} e^{s <q_i, k_j>} v_j / sum_{j in P_i} e^{s <q_i, k_j>}.
 
-Time O(n (C d + w d + log n)), memory O(n (w + d)). Equals softmax attention with one centroid and w >= n.
+Time O(n (C d + w d + log n)), memory O(n d) and that of the tiles, n + (n / w + C) min(w, 64) rows. Equals softmax
+attention with one centroid and w >= n.
 
 Membership and ranks depend on the token and its past, so the causal form leaks nothing, and no row is empty. Clusters
 are constants for the gradient: centroids are buffers, learned in training mode, where `decay` is below 1, by
@@ -28,29 +29,78 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.attention.base import AbstractAttention
-from attnlens.linalg.blocks import inverse, take_rows, tiles
+from attnlens.linalg.blocks import inverse, scores_at_once, tiles
 from attnlens.linalg.dense import softmax_round_off, softmax_weights
-from attnlens.linalg.partial import merge, partial_attention
+from attnlens.linalg.hashing import first_largest
+from attnlens.linalg.ranges import Ranges, range_attention
 
 
 def nearest_centroid(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c d"]) -> Int[Tensor, "b h n"]:
     """The centroid nearest to the layer-normalized row; without gradient."""
     centroids = centroids.to(x.dtype)
-    x = F.layer_norm(x.detach(), x.shape[-1:])
-    return (x @ centroids.mT - centroids.square().sum(-1)[:, None] / 2).argmax(-1)
+    half = centroids.square().sum(-1)[:, None] / 2
+    rows_at_once = max(1, scores_at_once(x) // (x.shape[0] * x.shape[1] * max(centroids.shape[1:])))
+    parts = x.detach().split(rows_at_once, 2)
+    return torch.cat([first_largest(F.layer_norm(part, x.shape[-1:]) @ centroids.mT - half) for part in parts], 2)
 
 
 def key_order(
-    of_keys: Int[Tensor, "b h n"], of_queries: Int[Tensor, "b h n"], chunk_size: int, num_clusters: int
+    of_keys: Int[Tensor, "b h n"], of_queries: Int[Tensor, "b h n"], num_clusters: int
 ) -> tuple[Int[Tensor, "b h n"], Int[Tensor, "b h c"], Int[Tensor, "b h n"]]:
-    """Keys in the order of (cluster, position), where each cluster starts in it, and the chunk c_i of every query."""
+    """Keys in the order of (cluster, position), where each cluster starts in it, and how many keys of its cluster a
+    query has at or before its position."""
     n, device = of_keys.shape[-1], of_keys.device
     position = torch.arange(n, device=device)
     ordered, order = (of_keys * n + position).sort(dim=-1)
     first = torch.arange(num_clusters + 1, device=device).expand(*of_keys.shape[:2], -1) * n
     start = torch.searchsorted(ordered, first.contiguous())
     past = torch.searchsorted(ordered, of_queries * n + position, right=True) - start.gather(-1, of_queries)
-    return order, start, (past - 1).clamp_min(0) // chunk_size
+    return order, start, past
+
+
+def latest_chunk(past: Int[Tensor, "*k"], chunk_size: int) -> Int[Tensor, "*k"]:
+    """c_i from the number of keys so far; 0 where there is none."""
+    return (past - 1).clamp_min(0) // chunk_size
+
+
+def key_ranges(
+    start: Int[Tensor, "b h c"],
+    past: Int[Tensor, "b h n"],
+    of_queries: Int[Tensor, "b h n"],
+    chunk_size: int,
+    causal: bool,
+) -> Ranges:
+    """Queries of one cluster and chunk in tiles of 64 at most, and the places of the keys that they see: P_i without
+    the own key where that is in another cluster."""
+    n, begin, end = of_queries.shape[-1], start.gather(-1, of_queries), start.gather(-1, of_queries + 1)
+    size, chunk = min(chunk_size, n), latest_chunk(past, chunk_size)
+    # It grows by one from chunk to chunk of a cluster, and from one cluster to the next by one at least.
+    number = (begin + chunk * chunk_size) // size + of_queries
+    rows = min(size, 64)
+    cut = tiles(number, n // size + start.shape[-1] - 1, rows)
+    low = begin + (chunk - 1).clamp_min(0) * chunk_size
+    high = torch.minimum(begin + (chunk + 1) * chunk_size, end)
+    head = cut.members[..., 0]
+    low, width = low.gather(-1, head), (high - low).gather(-1, head)
+    room = width[..., None]
+    if causal:
+        room = (begin + past).gather(-1, cut.members.flatten(-2)).view(cut.members.shape) - low[..., None]
+    used = cut.place.amax(-1, keepdim=True) // rows
+    unused = torch.arange(width.shape[-1], device=width.device) > used
+    return Ranges(cut.members, cut.place, low, width.masked_fill(unused, -1), room)
+
+
+def with_own_key(
+    part: tuple[Float[Tensor, "g n dv"], Float[Tensor, "g n"]],
+    q: Float[Tensor, "g n d"],
+    k: Float[Tensor, "g n d"],
+    v: Float[Tensor, "g n dv"],
+    missing: Bool[Tensor, "g n"],
+) -> Float[Tensor, "g n dv"]:
+    """The attention of `part` and of every query to the key at its own position, where that is missing in `part`."""
+    out, lse = part
+    score = torch.where(missing, (q * k).sum(-1) * q.shape[-1] ** -0.5, -torch.inf)
+    return torch.lerp(out, v, torch.sigmoid(score - lse)[..., None])
 
 
 def routed_attention(
@@ -61,37 +111,24 @@ def routed_attention(
     of_keys: Int[Tensor, "b h n"],
     num_clusters: int,
     chunk_size: int,
+    *,
     causal: bool,
-) -> tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]:
-    """`(out, lse)` of every query over two chunks of its cluster, its own key left out; keys of a cluster beyond the
-    last (padding) are seen by none."""
-    b, h, n = of_keys.shape
-    size = min(chunk_size, n)
-    order, start, chunk = key_order(of_keys, of_queries, chunk_size, num_clusters)
-    begin = start.gather(-1, of_queries) + chunk * chunk_size
-    # One number a chunk: it grows by one within a cluster, and from one cluster to the next by one at least.
-    cut = tiles(begin // size + of_queries, n // size + num_clusters, size)
-    head = cut.members[..., 0]
-    cluster, begin = of_queries.gather(-1, head), begin.gather(-1, head)
-    slot = begin[..., None] + torch.arange(-size, size, device=q.device)
-    inside = (slot >= start.gather(-1, cluster)[..., None]) & (slot < start.gather(-1, cluster + 1)[..., None])
-    key = order.gather(-1, slot.clamp(0, n - 1).flatten(2)).view(slot.shape)
-    ahead = key[..., None, :] - cut.members[..., None]
-    visible = inside[..., None, :] & (ahead < 0 if causal else ahead != 0)
-    bias = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill(~visible, -torch.inf)
-    rows, keys, values = (take_rows(x, at).flatten(1, 2) for x, at in ((q, cut.members), (k, key), (v, key)))
-    out, lse = partial_attention(rows, keys, values, bias=bias.flatten(1, 2))
-    return take_rows(out.reshape(b, h, -1, v.shape[-1]), cut.place), lse.reshape(b, h, -1).gather(-1, cut.place)
-
-
-def with_own_key(
-    part: tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]],
-    q: Float[Tensor, "b h n d"],
-    k: Float[Tensor, "b h n d"],
-    v: Float[Tensor, "b h n dv"],
 ) -> Float[Tensor, "b h n dv"]:
-    """The attention of `part` and of every query to the key at its own position."""
-    return merge(part, (v, (q * k).sum(-1) * q.shape[-1] ** -0.5))[0]
+    """Softmax over P_i; keys of a cluster beyond the last (padding) are seen by none but their own queries."""
+    order, start, past = key_order(of_keys, of_queries, num_clusters)
+    ranges = key_ranges(start, past, of_queries, chunk_size, causal)
+    n = q.shape[2]
+    widest = min(2 * chunk_size, n)
+    at_once = max(1, scores_at_once(q) // (n * widest))
+    # A key in the cluster of its query is the latest of it at that position: it is in the query's chunk.
+    tensors = (q, k, v, of_queries != of_keys, order, *ranges)
+    outs = []
+    for rows, keys, values, missing, places, *cut in zip(
+        *(x.flatten(0, 1).split(at_once) for x in tensors), strict=True
+    ):
+        part = range_attention(rows, keys, values, places, Ranges(*cut), widest)
+        outs.append(with_own_key(part, rows, keys, values, missing))
+    return torch.cat(outs).view_as(v)
 
 
 class Routing(AbstractAttention):
@@ -143,7 +180,8 @@ class Routing(AbstractAttention):
     ) -> Bool[Tensor, "b h n n"]:
         """The pairs of P_i, materialized: analysis, not the fast path."""
         of_queries, of_keys = self.clusters(q, k, mask)
-        order, start, chunk = key_order(of_keys, of_queries, self.chunk_size, self.num_clusters)
+        order, start, past = key_order(of_keys, of_queries, self.num_clusters)
+        chunk = latest_chunk(past, self.chunk_size)
         rank = inverse(order) - start.gather(-1, of_keys)
         step = chunk[..., None] - (rank // self.chunk_size)[..., None, :]
         seen = (of_queries[..., None] == of_keys[..., None, :]) & (step >= 0) & (step <= 1)
@@ -182,12 +220,12 @@ class Routing(AbstractAttention):
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
         of_queries, of_keys = self.clusters(q, k, key_padding_mask)
-        part = routed_attention(q, k, v, of_queries, of_keys, self.num_clusters, self.chunk_size, causal)
+        out = routed_attention(q, k, v, of_queries, of_keys, self.num_clusters, self.chunk_size, causal=causal)
         if self.training and self.decay < 1:
             if key_padding_mask is not None:
                 of_queries = torch.where(key_padding_mask[:, None], of_queries, self.num_clusters)
             self._learn(torch.cat([q, k], 2), torch.cat([of_queries, of_keys], 2))
-        return with_own_key(part, q, k, v)
+        return out
 
     @torch.no_grad()
     def _learn(self, x: Float[Tensor, "b h n d"], cluster: Int[Tensor, "b h n"]) -> None:

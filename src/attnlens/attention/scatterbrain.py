@@ -39,7 +39,7 @@ from torch import Tensor
 
 from attnlens.attention.base import AbstractAttention
 from attnlens.linalg.blocks import take_rows
-from attnlens.linalg.hashed_blocks import Blocks, dyadic_cells, own_blocks
+from attnlens.linalg.hashed_blocks import Blocks, dyadic_cells, estimated_matrix, own_blocks
 from attnlens.linalg.partial import merge, partial_attention
 from attnlens.linalg.random_features import gaussian_projections, positive_log_features
 
@@ -236,9 +236,7 @@ class Scatterbrain(AbstractAttention):
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], *, causal: bool = False
     ) -> Float[Tensor, "b h n m"]:
         """The matrix A~ before it is normalized."""
-        eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
-        out, lse = self.estimate(q, k, eye, causal=causal, key_padding_mask=None)
-        return out * lse.exp()[..., None]
+        return estimated_matrix(partial(self.estimate, q, causal=causal, key_padding_mask=None), k)
 
     def attend(
         self,

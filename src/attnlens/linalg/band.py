@@ -4,7 +4,8 @@ Rows are cut into blocks of r, and all keys that a block's rows see lie in one w
 r + 2 w). The windows of consecutive blocks overlap; they are views of K and V with a stride of r, so that one kernel
 takes all blocks under one mask and nothing is copied. Rows too near an end for a whole window are one small kernel at
 each end. Work (1 + r/w) of the band's: a quarter more at r = w/4, where blocks of w rows would be twice the band. With
-gradients r = w/2, since the backward pass writes the gradient of every window. Time O(n w d), memory O(n d + r w) forward, O(n d w / r) backward.
+gradients r = w/2, since the backward pass writes the gradient of every window. Time O(n w d), memory O(n d + r w)
+forward, O(n d w / r) backward.
 """
 
 import torch

@@ -29,6 +29,16 @@ def unfold(x: Shaped[Tensor, "bh t s d"], heads: int, length: int) -> Shaped[Ten
     return x.reshape(x.shape[0] // heads, heads, -1, x.shape[3])[:, :, :length]
 
 
+def host_reads_are_free(x: Tensor) -> bool:
+    """Whether shapes may follow values: elsewhere reading them waits for the device or breaks the compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def scores_at_once(x: Tensor) -> int:
+    """How many scores to hold together: on a CPU their masks should stay in the cache, else memory is the limit."""
+    return 2**19 if x.device.type == "cpu" else 2**26
+
+
 def take_rows(x: Float[Tensor, "b h n d"], index: Int[Tensor, "b h *k"]) -> Float[Tensor, "b h *k d"]:
     """Rows of `x` by index; a flat index_select, ten times as fast as a gather of an expanded index."""
     b, h, n, d = x.shape

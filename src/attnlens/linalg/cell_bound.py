@@ -26,6 +26,8 @@ from torch import Tensor
 
 from attnlens.linalg.dense import softmax_round_off
 
+LARGEST = 700  # its exponential is finite in float64
+
 
 class Points(NamedTuple):
     """One disjoint part of the keys as points.
@@ -67,7 +69,9 @@ def cell_bound(
     for part in parts:
         mass, low, high, width = _log_ratios(part, scores, weights, real)
         shrunk = shrunk + (mass * -torch.expm1(low.clamp_max(0))).sum(-1)
-        grown = grown + (mass * torch.expm1(high.clamp_min(0))).sum(-1)
+        # Where the exponential overflows a mass may have underflowed: the other bound of the minimum holds alone.
+        growth = torch.where(high > LARGEST, torch.inf, mass * torch.expm1(high.clamp(0, LARGEST)))
+        grown = grown + growth.sum(-1)
         least, most = torch.minimum(least, low.amin(-1)), torch.maximum(most, high.amax(-1))
         together = part.owner[..., :, None] == part.owner[..., None, :]
         reach = apart.masked_fill(~together, 0).amax(-1)

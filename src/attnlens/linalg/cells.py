@@ -14,7 +14,7 @@ two that `principal_order` puts side by side. Padding counts 0 and weighs nothin
 O(n d), times log2 of the points of a cell by content.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,8 +32,13 @@ class Cells(NamedTuple):
 
     keys: Float[Tensor, "bh t p d"]
     values: Float[Tensor, "bh t p dv"]
-    count: Float[Tensor, "#bh t p"]
+    num_tokens: Float[Tensor, "#bh t p"]
     variance: Float[Tensor, "bh t p d"] | None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Cells":
+        """`change` of every field that is there."""
+        variance = None if self.variance is None else change(self.variance)
+        return Cells(change(self.keys), change(self.values), change(self.num_tokens), variance)
 
 
 def token_count(
@@ -45,6 +50,12 @@ def token_count(
     else:
         real = key_padding_mask.to(like.dtype).repeat_interleave(heads, 0)
     return F.pad(real, (0, -length % size)).unflatten(1, (-1, size))
+
+
+def squared(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """x^2, held where a variance term of two such factors stays finite: infinity less infinity at a hidden cell of the
+    future would reach its past."""
+    return x.square().clamp_max(torch.finfo(x.dtype).max ** 0.45)
 
 
 class Refinement(NamedTuple):
@@ -68,31 +79,30 @@ def leaves(
     group = -(-size // refinement.num_points)
     if group == 1:
         return cells
-    return merge_points(Cells(*(None if x is None else _pad(x, 2, -size % group) for x in cells)), group, refinement)
+    return merge_points(cells.mapped(lambda x: _pad(x, 2, -size % group)), group, refinement)
 
 
 def parents(cells: Cells, refinement: Refinement) -> Cells:
     """Cells of twice the size; a cell without a sibling gets an empty one."""
     missing = cells.keys.shape[1] % 2
-    pairs = (None if x is None else _pad(x, 1, missing).unflatten(1, (-1, 2)).flatten(2, 3) for x in cells)
-    cells = Cells(*pairs)
+    cells = cells.mapped(lambda x: _pad(x, 1, missing).unflatten(1, (-1, 2)).flatten(2, 3))
     return merge_points(cells, 2, refinement) if cells.keys.shape[2] > refinement.num_points else cells
 
 
 def merge_points(cells: Cells, group: int, refinement: Refinement) -> Cells:
     """Groups of points as one: means weighted by the counts, variances by the law of total variance."""
     if refinement.by_content:
-        order = principal_order(cells.keys, cells.count, group)
-        cells = Cells(*(None if x is None else _ordered(x, order) for x in cells))
+        order = principal_order(cells.keys, cells.num_tokens, group)
+        cells = cells.mapped(lambda x: _ordered(x, order))
     keys, values = (x.unflatten(2, (-1, group)) for x in (cells.keys, cells.values))
-    count = cells.count.unflatten(2, (-1, group))
+    count = cells.num_tokens.unflatten(2, (-1, group))
     total = count.sum(-1)
     weights = (count / total.clamp_min(1)[..., None])[..., None]
     mean = (weights * keys).sum(-2)
     spread = None
     if refinement.variance:
         within = 0 if cells.variance is None else cells.variance.unflatten(2, (-1, group))
-        spread = (weights * ((keys - mean[..., None, :]).square() + within)).sum(-2)
+        spread = (weights * (squared(keys - mean[..., None, :]) + within)).sum(-2)
     return Cells(mean, (weights * values).sum(-2), total, spread)
 
 
@@ -163,7 +173,7 @@ def listed_attention(
     bias = torch.cat([_log_counts(cells, table) for cells, table in lists], 2)[:, :, None]
     if any(cells.variance is not None for cells, _ in lists):
         spread = [_listed(torch.zeros_like(c.keys) if c.variance is None else c.variance, table) for c, table in lists]
-        q, keys = torch.cat([q, q.square() * (scale / 2)], -1), torch.cat([keys, torch.cat(spread, 2)], -1)
+        q, keys = torch.cat([q, squared(q) * (scale / 2)], -1), torch.cat([keys, torch.cat(spread, 2)], -1)
     return partial_attention(q, keys, values, bias=bias, scale=scale)
 
 
@@ -172,8 +182,8 @@ def _listed(x: Tensor, table: Int[Tensor, "t w"]) -> Tensor:
 
 
 def _log_counts(cells: Cells, table: Int[Tensor, "t w"]) -> Float[Tensor, "#bh t c"]:
-    absent = (table < 0).repeat_interleave(cells.count.shape[-1], 1)
-    return _listed(cells.count, table).log().masked_fill(absent, -torch.inf)
+    absent = (table < 0).repeat_interleave(cells.num_tokens.shape[-1], 1)
+    return _listed(cells.num_tokens, table).log().masked_fill(absent, -torch.inf)
 
 
 def far_attention(
@@ -218,7 +228,7 @@ def near_attention(
     tokens = leaves(k, v, size, Refinement(size), key_padding_mask)
     rows, table = fold(q, size), neighbors(tokens.keys.shape[1], causal, q.device)
     if causal:
-        own = partial_attention(rows, tokens.keys, tokens.values, causal=True, bias=tokens.count.log()[:, :, None])
+        own = partial_attention(rows, tokens.keys, tokens.values, causal=True, bias=tokens.num_tokens.log()[:, :, None])
         out, lse = merge(own, listed_attention(rows, [(tokens, table)]))
     else:
         own_cell = torch.arange(table.shape[0], device=q.device)[:, None]
@@ -234,8 +244,8 @@ def point_exponents(q: Float[Tensor, "b h n d"], cells: Cells) -> Float[Tensor, 
     exponent = q @ keys.mT * scale
     if cells.variance is not None:
         spread = cells.variance.flatten(1, 2).unflatten(0, (b, h))
-        exponent = exponent + q.square() @ spread.mT * (scale**2 / 2)
-    count = cells.count.flatten(1, 2).expand(b * h, -1).unflatten(0, (b, h))
+        exponent = exponent + squared(q) @ spread.mT * (scale**2 / 2)
+    count = cells.num_tokens.flatten(1, 2).expand(b * h, -1).unflatten(0, (b, h))
     return exponent + count.clamp_min(1).log()[:, :, None]
 
 

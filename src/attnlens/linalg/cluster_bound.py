@@ -36,7 +36,7 @@ def standing_for(
     """The cluster that stands for each key in each row (coarse ones counted after the fine, -1: none, the key is exact
     or hidden), and the fine and the coarse cluster of each key."""
     of_fine = owners(fine, num_keys)
-    rows = field.keys.index.shape[:3]
+    rows = field.keys.members.shape[:3]
     node = of_fine[:, :, None].expand(*rows, -1)
     of_coarse = torch.full_like(of_fine, -1)
     if coarse is not None and field.fine is not None:
@@ -44,18 +44,20 @@ def standing_for(
         of_coarse = owners(coarse, num_fine).gather(-1, of_fine.clamp_min(0))
         of_coarse = torch.where(of_fine < 0, -1, of_coarse)
         seen = torch.zeros(*rows, num_fine, dtype=torch.long, device=node.device)
-        seen = seen.scatter_add(-1, field.fine.index, field.fine.filled.long()) > 0
+        seen = seen.scatter_add(-1, field.fine.members, field.fine.filled.long()) > 0
         closed = (num_fine + of_coarse)[:, :, None].expand_as(node)
         node = torch.where((node < 0) | seen.gather(-1, node.clamp_min(0)), node, closed)
     exact = torch.zeros(*rows, num_keys, dtype=torch.long, device=node.device)
-    exact = exact.scatter_add(-1, field.keys.index, field.keys.filled.long()) > 0
+    exact = exact.scatter_add(-1, field.keys.members, field.keys.filled.long()) > 0
     return torch.where(exact, -1, node), of_fine, of_coarse
 
 
 def diameters(v: Float[Tensor, "b h m dv"], cluster: Int[Tensor, "b h m"], num_clusters: int) -> Float[Tensor, "b h c"]:
     """The largest distance of two values of each cluster; members of cluster -1 are left out."""
     same = (cluster[..., None] == cluster[..., None, :]) & (cluster >= 0)[..., None]
-    widest = torch.cdist(v, v).masked_fill(~same, 0).amax(-1)
+    # A difference of squared norms, by a matrix product, loses small distances of long values.
+    apart = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist")
+    widest = apart.masked_fill(~same, 0).amax(-1)
     zeros = v.new_zeros(*v.shape[:2], num_clusters + 1)
     place = torch.where(cluster < 0, num_clusters, cluster)
     return zeros.scatter_reduce(-1, place, widest, "amax")[..., :-1]

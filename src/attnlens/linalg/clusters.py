@@ -10,6 +10,7 @@ it has slots: shapes are static, whatever the sizes are. A cluster that is opene
 keys, or clusters again.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -43,14 +44,18 @@ class Clusters(NamedTuple):
     order: Int[Tensor, "b h m"]
     moments: Float[Tensor, "b h c d dv"] | None
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Clusters":
+        """`change` of every field that is there."""
+        moments = None if self.moments is None else change(self.moments)
+        return Clusters(*(change(x) for x in self[:-1]), moments=moments)
+
     def first(self, clusters: int, members: int) -> "Clusters":
         """The first so many clusters, of the first so many places of `order`."""
-        cut = [None if x is None else x[:, :, :clusters] for x in self]
-        return Clusters(*cut)._replace(order=self.order[:, :, :members])
+        return self.mapped(lambda x: x[:, :, :clusters])._replace(order=self.order[:, :, :members])
 
     def of_window(self, batch: int, window: int, size: int) -> "Clusters":
         """Clusters of one window from those of all, which stand in the batch axis; windows have `size` members."""
-        one = Clusters(*(None if x is None else x.unflatten(0, (batch, -1))[:, window] for x in self))
+        one = self.mapped(lambda x: x.unflatten(0, (batch, -1))[:, window])
         return one._replace(start=one.start + window * size, order=one.order + window * size)
 
     def of_windows(self, batch: int) -> "Clusters":
@@ -58,14 +63,15 @@ class Clusters(NamedTuple):
         size, num_windows = self.order.shape[-1], self.order.shape[0] // batch
         by = (torch.arange(num_windows, device=self.order.device) * size).repeat(batch)[:, None, None]
         moved = self._replace(start=self.start + by, order=self.order + by)
-        return Clusters(
-            *(None if x is None else x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3) for x in moved)
-        )
+        return moved.mapped(lambda x: x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3))
 
     def joined(self, other: "Clusters") -> "Clusters":
         """Both side by side, the members of `other` after these."""
-        pairs = zip(self, other, strict=True)
-        return Clusters(*(None if x is None or y is None else torch.cat([x, y], 2) for x, y in pairs))
+        moments = None
+        if self.moments is not None and other.moments is not None:
+            moments = torch.cat([self.moments, other.moments], 2)
+        pairs = zip(self[:-1], other[:-1], strict=True)
+        return Clusters(*(torch.cat(pair, 2) for pair in pairs), moments=moments)
 
 
 class Levels(NamedTuple):
@@ -133,7 +139,7 @@ class Opened(NamedTuple):
     """What a row opens: which of its clusters, their members, and which slots hold one."""
 
     clusters: Bool[Tensor, "b h n c"]
-    index: Int[Tensor, "b h n r"]
+    members: Int[Tensor, "b h n r"]
     filled: Bool[Tensor, "b h n r"]
 
 
@@ -223,7 +229,7 @@ def two_levels(
 ) -> Field:
     """Open coarse clusters, and of the `num_fine` fine ones at most that this gives, open some in turn."""
     top = one_level(q, coarse, num_fine, by_mass)
-    index, filled = top.keys.index, top.keys.filled
+    index, filled = top.keys.members, top.keys.filled
     scores = _gathered_scores(q.detach(), fine.centers.detach(), index)
     size = torch.where(filled, fine.size.gather(-1, index.flatten(2)).view(index.shape), 0)
     scores = scores + log_sizes(size, q) if by_mass else scores.masked_fill(~filled, -torch.inf)

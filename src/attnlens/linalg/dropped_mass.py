@@ -32,9 +32,14 @@ def dropped_mass_bound(
     k, v = torch.where(shown, k, 0), torch.where(shown, v, 0)
     weights = softmax_weights(q.double(), k.double(), causal=causal, key_padding_mask=key_padding_mask)
     values = v.double()
-    diameter = torch.cdist(values, values).masked_fill(~(shown & shown.mT), 0).amax((-2, -1))[..., None]
+    # Squared norms, of which a matrix product would take the difference, lose small distances of long values.
+    apart = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist")
+    diameter = apart.masked_fill(~(shown & shown.mT), 0).amax((-2, -1))[..., None]
     # Summed over the dropped keys, not one minus the kept: the difference of two nearly equal numbers is round-off.
     dropped = weights.masked_fill(visited, 0).sum(-1)
     largest = values.norm(dim=-1).amax(-1, keepdim=True)
-    bound = torch.where((weights > 0).logical_and(visited).any(-1), dropped * diameter, largest)
+    # Not where weights > 0: those of all visited keys may underflow, and the row still returns a mean of their values.
+    visible = visited & real[:, None, None]
+    visible = (visible.tril() if causal else visible).any(-1)
+    bound = torch.where(visible, dropped * diameter, largest)
     return (bound + softmax_round_off(q, k, v)).to(q.dtype)

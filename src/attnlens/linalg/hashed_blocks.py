@@ -72,6 +72,13 @@ Partial = tuple[Float[Tensor, "b h n dv"], Float[Tensor, "b h n"]]
 Estimator = Callable[..., Partial]
 
 
+def estimated_matrix(estimate: Callable[..., Partial], k: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n m"]:
+    """The matrix A~ before it is normalized: what `estimate(k, values)` makes of the identity. For analysis."""
+    eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], -1)
+    out, lse = estimate(k, eye)
+    return out * lse.exp()[..., None]
+
+
 def equal_blocks(
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h n d"],

@@ -50,13 +50,21 @@ def polytope_buckets(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h d 
     return torch.cat(parts, 2).transpose(2, 3).contiguous()
 
 
+def first_largest(x: Float[Tensor, "*n k"]) -> Int[Tensor, "*n"]:
+    """argmax over the last axis, at a tie the smallest index; any index where x holds NaN. No gradient.
+
+    By vectorized passes: on a CPU argmax reads one number at a time, which takes twice as long.
+    """
+    k, x = x.shape[-1], x.detach()
+    backwards = torch.arange(k, 0, -1, dtype=x.dtype, device=x.device)
+    found = (x - x.amax(-1, keepdim=True)).eq_(0).mul_(backwards).amax(-1)
+    return (k - found).long().clamp(0, k - 1)
+
+
 def _largest(w: Float[Tensor, "*n k"]) -> Int[Tensor, "*n"]:
-    """argmax [w; -w], at a tie the smallest i; any index where w holds NaN."""
-    k, size = w.shape[-1], w.abs()
-    # The first place of the maximum by vectorized passes, on a CPU twice as fast as argmax.
-    first = size.eq_(size.amax(-1, keepdim=True)).mul_(torch.arange(k, 0, -1, dtype=w.dtype, device=w.device))
-    index = (k - first.amax(-1)).long().clamp(0, k - 1)
-    return index + k * (w.gather(-1, index[..., None])[..., 0] < 0)
+    """argmax [w; -w], at a tie the smallest i."""
+    index = first_largest(w.abs())
+    return index + w.shape[-1] * (w.gather(-1, index[..., None])[..., 0] < 0)
 
 
 def line_cells(

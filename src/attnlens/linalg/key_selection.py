@@ -40,11 +40,20 @@ class AbstractKeySelection(nn.Module, ABC):
         return chosen.gather(-1, torch.where(real, chosen, mask.shape[1]).argsort(dim=-1, stable=True))
 
 
+def steps(x: Float[Tensor, "*k"]) -> Float[Tensor, "*k"]:
+    """x >= 0 on a logarithmic scale of steps of a thousandth, so that round-off does not choose between equal ones."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny).log().mul(1000).round()
+
+
 class Leverage(AbstractKeySelection):
-    """The keys with the largest leverage scores; of equal ones the first."""
+    """The keys with the largest leverage scores; of equal ones, to about a thousandth, the first.
+
+    Equal keys have equal scores, and where tokens repeat and are linearly independent, a score is one over the number
+    of its repetitions: round-off, which depends on the shapes, must not choose among them.
+    """
 
     def order(self, k: Float[Tensor, "b h m d"], size: int, mask: Bool[Tensor, "b m"] | None) -> Int[Tensor, "b h m"]:
-        return real_first(-leverage_scores(k), mask)
+        return real_first(-steps(leverage_scores(k)), mask)
 
 
 def nearest_members(
@@ -53,10 +62,9 @@ def nearest_members(
     """Keys in the order of their rank within their cluster by distance to its center, ties by position.
 
     The two keys of a cluster of two are equally far from its mean, and round-off, which differs from device to device,
-    must not choose: distances within a thousandth of each other count as equal.
+    must not choose: distances of one step count as equal.
     """
-    steps = distance.clamp_min(torch.finfo(distance.dtype).tiny).log().mul(1000).round()
-    order = steps.argsort(dim=-1, stable=True)
+    order = steps(distance).argsort(dim=-1, stable=True)
     label = cluster.gather(-1, order)
     by_cluster = order.gather(-1, label.argsort(dim=-1, stable=True))
     ordered = cluster.gather(-1, by_cluster)

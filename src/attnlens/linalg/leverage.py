@@ -20,6 +20,11 @@ from torch import Tensor
 RIDGE = 1e-10
 
 
+def whitened(x: Float[Tensor, "*batch n d"], gram: Float[Tensor, "*batch d d"]) -> Float[Tensor, "*batch d n"]:
+    """L^{-1} x_j in columns, M = L L^T the Gram matrix: their squared norms are x_j^T M^{-1} x_j."""
+    return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, x.mT, upper=False)
+
+
 @torch.no_grad()
 def leverage_scores(x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n"]:
     """l_j of every row, in float64; a zero row (padding) has none and changes no other's."""
@@ -28,5 +33,4 @@ def leverage_scores(x: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch n"]
     ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     # An all-zero matrix has no directions at all, and any positive ridge says so.
     ridge = torch.where(ridge > 0, ridge, 1)[..., None, None]
-    factor = torch.linalg.cholesky_ex(gram + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).L
-    return torch.linalg.solve_triangular(factor, x.mT, upper=False).square().sum(-2)
+    return whitened(x, gram + ridge * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)).square().sum(-2)

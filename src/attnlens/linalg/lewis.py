@@ -18,7 +18,8 @@ A one in the denominator of the kernel is a further term of known size: adding `
 |<k_j, y>|^p / (1 + sum_l |<k_l, y>|^p) for every |y|^2 <= 1/ridge, by the same two inequalities with ridge |y|^2 <= 1
 as the term of a key of weight one. So M is regular, whatever the keys.
 
-Computed in the precision of `k`, which should be float64: M squares the condition number.
+Computed in the precision of `k`, which should be float64: M squares the condition number. Since any weights do, that of
+a giant key in M is held at ridge / (REACH eps |k|^2): M keeps a factor, and the bound of that key is one or more.
 
 Sources: "lp Row Sampling by Lewis Weights" (Cohen, Peng, 2015), https://arxiv.org/abs/1412.0588; "LevAttention: Time,
 Space, and Streaming Efficient Algorithm for Heavy Attentions" (Kannan, Bhattacharyya, Kacham, Woodruff, 2024),
@@ -29,16 +30,26 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnlens.linalg.leverage import whitened
+
 CHUNK = 64
+REACH = 2.0**16
 
 
 def inverse_forms(
     k: Float[Tensor, "*batch m d"], weight: Float[Tensor, "*batch m"], ridge: float
 ) -> Float[Tensor, "*batch m"]:
     """k_j^T (sum_l weight_l k_l k_l^T + ridge I)^{-1} k_j."""
-    gram = k.mT @ (k * weight[..., None]) + ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    factor = torch.linalg.cholesky_ex(gram).L
-    return torch.linalg.solve_triangular(factor, k.mT, upper=False).square().sum(-2)
+    gram = k.mT @ (k * _held(weight, k, ridge)[..., None])
+    return whitened(k, gram + ridge * torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)).square().sum(-2)
+
+
+def _held(weight: Float[Tensor, "*batch m"], k: Float[Tensor, "*batch m d"], ridge: float) -> Float[Tensor, "*batch m"]:
+    """Weights with which no key alone makes M singular in its precision; as they are without a ridge."""
+    if ridge == 0:
+        return weight
+    tiny, eps = torch.finfo(k.dtype).tiny, torch.finfo(k.dtype).eps
+    return weight.minimum(ridge / (REACH * eps) / k.square().sum(-1).clamp_min(tiny))
 
 
 def lewis_weights(
@@ -47,7 +58,7 @@ def lewis_weights(
     """`iterations` steps of the contraction, from equal weights; the first gives (ridge) leverage scores."""
     w = torch.ones_like(k[..., 0])
     for _ in range(iterations):
-        share = w.pow(1 - 2 / degree)
+        share = _held(w.pow(1 - 2 / degree), k, ridge)
         w = share * inverse_forms(k, share, ridge)
     return w
 
@@ -79,10 +90,10 @@ def online_sensitivity_bounds(k: Float[Tensor, "b h n d"], degree: int | float, 
     bounds = []
     for start in range(0, k.shape[2], CHUNK):
         rows = k[:, :, start : start + CHUNK]
-        white = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, rows.mT, upper=False)
+        white = whitened(rows, gram)
         before = white.square().sum(-2)
         level = before / (1 + before)
-        w, share = level.pow(degree / 2), level.pow(degree / 2 - 1)
+        w, share = level.pow(degree / 2), _held(level.pow(degree / 2 - 1), rows, ridge)
         white = white * share.sqrt()[..., None, :]
         inner = white.mT @ white + torch.eye(rows.shape[2], dtype=k.dtype, device=k.device)
         pivots = torch.linalg.cholesky_ex(inner).L.diagonal(dim1=-2, dim2=-1).square()

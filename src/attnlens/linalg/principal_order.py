@@ -28,9 +28,7 @@ def principal_order(
     return order
 
 
-def _projection(
-    x: Float[Tensor, "bh t c p d"], count: Float[Tensor, "bh t c p"]
-) -> Float[Tensor, "bh t c p"]:
+def _projection(x: Float[Tensor, "bh t c p d"], count: Float[Tensor, "bh t c p"]) -> Float[Tensor, "bh t c p"]:
     """Coordinates of the points along the principal axis of their weighted covariance, infinite for empty ones."""
     weights = count / count.sum(-1, keepdim=True).clamp_min(1)
     x = x - (weights[..., None] * x).sum(-2, keepdim=True)

@@ -59,7 +59,7 @@ class Ridge(AbstractInverse):
 
 @dataclass(frozen=True)
 class RidgePath(AbstractInverse):
-    """`Ridge` at several strengths from one Gram matrix, for a caller that can tell which suits; by itself the first."""
+    """`Ridge` at several strengths from one Gram matrix, for a caller that can tell which suits; alone, the first."""
 
     ridges: Sequence[float] = (1e-3, 1e-4, 1e-2)
 

@@ -182,6 +182,7 @@ def _backward_chunk(
         if grad_right is not None:
             grad_total += (grad_right * (u - v * beta[..., None])).sum(-1)
         if grad_after is not None:
+            assert after is not None, "a state has a gradient only where it was saved"
             grad_total[..., -1] += (grad_after * after).sum((-2, -1))
         grad_decay = grad_total.flip(-1).cumsum(-1).flip(-1)
     if grad_steps is None or grad_right is None:

@@ -171,7 +171,8 @@ def value_diameter(
     v: Float[Tensor, "b h m dv"], *, causal: bool, key_padding_mask: Bool[Tensor, "b m"] | None
 ) -> Float[Tensor, "b h #m"]:
     """The largest distance between two real values, or between two of those up to each position."""
-    apart = torch.cdist(v, v)
+    # A difference of squared norms, by a matrix product, loses small distances of long values.
+    apart = torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist")
     if key_padding_mask is not None:
         pairs = key_padding_mask[:, None, :, None] & key_padding_mask[:, None, None, :]
         apart = apart.masked_fill(~pairs, 0)

@@ -1,4 +1,4 @@
-"""README's tables, generated: the study's headline numbers and the shelf of operators.
+"""README's tables, generated: the study's headline numbers, the shelf of operators, the benchmark.
 
     python -m attnlens.report.readme
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from attnlens.files import atomic, read_json
+from attnlens.report.benchmark import benchmark_table
 
 NAMES = {"accuracy": "accuracy", "bits_per_character": "bits/char"}
 
@@ -59,8 +60,8 @@ def declared_on_the_shelf(folder: Path) -> dict[str, dict[str, object]]:
     return found
 
 
-def fill(text: str, blocks: Mapping[str, str]) -> str:
-    """`text` with the content of every named block replaced.
+def fill(text: str, blocks: Mapping[str, str], page: str = "README.md") -> str:
+    """`text` of `page` with the content of every named block replaced.
 
     Raises:
         ValueError: a block has no place in the text.
@@ -69,19 +70,25 @@ def fill(text: str, blocks: Mapping[str, str]) -> str:
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text, count = pattern.subn(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)
         if count != 1:
-            raise ValueError(f"`README.md` has {count} places `<!-- {name} -->`, it needs one")
+            raise ValueError(f"`{page}` has {count} places `<!-- {name} -->`, it needs one")
     return text
 
 
 def blocks(root: Path) -> dict[str, str]:
-    """All blocks, from results/summary.json and conf/attention under `root`."""
+    """All blocks, from results/summary.json, conf/attention and benchmarks/peers.json under `root`."""
     import yaml
 
     methods = yaml.safe_load((root / "params.yaml").read_text(encoding="utf-8"))["attention"]
     summary = read_json(root / "results/summary.json")
     assert isinstance(summary, dict)
     shelf = declared_on_the_shelf(root / "conf/attention")
-    return {"study": study_table(summary["data"], methods), "operators": operator_table(shelf)}
+    stored = read_json(root / "benchmarks/peers.json")
+    assert isinstance(stored, dict)
+    return {
+        "study": study_table(summary["data"], methods),
+        "operators": operator_table(shelf),
+        "benchmarks": benchmark_table(stored),
+    }
 
 
 def _number(value: float | str | None) -> str:

@@ -1,0 +1,87 @@
+"""A study's table as a page of Markdown: every method on every budget, task by task.
+
+    python -m attnlens.report.study results/table.parquet docs/study.md
+
+What stands between `<!-- task -->` and `<!-- /task -->` is replaced for each task of the table, the rest of the page is
+kept; rows average over seeds.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas
+
+from attnlens.files import atomic
+from attnlens.report.readme import fill
+
+HEAD = (
+    *("family", "method", "score (95 %)", "budget", "cost", "argument"),
+    *("error", "skill", "best rank r", "exact top k", "row sums"),
+)
+MEASURED = ("error", "skill", "rank_r_error", "top_k_error")
+
+
+def task_table(table: pandas.DataFrame, task: str) -> str:
+    """One line a (method, budget), in the table's order of families; scores stand on the first line of a method."""
+    rows = table.loc[table["task"] == task]
+    lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
+    families = rows.drop_duplicates("method").sort_values("family", kind="stable")
+    for method, family in zip(families["method"], families["family"], strict=True):
+        of_method = rows.loc[rows["method"] == method]
+        if of_method["score"].isna().all():
+            reason = of_method["reason"].dropna().iloc[0]
+            cells = [str(family), f"`{method}`", "–", "–", "–", _short(reason), *["–"] * (len(MEASURED) + 1)]
+            lines.append("| " + " | ".join(cells) + " |")
+            continue
+        first = True
+        for budget, part in of_method.groupby(of_method["budget"].fillna(0), sort=True):
+            score = _score(part) if first else ""
+            lines.append("| " + " | ".join([str(family), f"`{method}`", score, *_measured(budget, part)]) + " |")
+            first = False
+    return "\n".join(lines)
+
+
+def _score(part: pandas.DataFrame) -> str:
+    mean, low, high = (part[name].iloc[0] for name in ("score_mean", "score_low", "score_high"))
+    return f"{mean:.3f} ({low:.3f}, {high:.3f})"
+
+
+def _measured(budget: float, part: pandas.DataFrame) -> list[str]:
+    """Budget, achieved cost, argument and errors on the reference model's Q, K, V, means over seeds."""
+    shown = "–" if budget == 0 else f"{budget:g}"
+    reachable = " (unreachable)" if "unreachable" in set(part["status"]) else ""
+    argument = part["argument"].dropna()
+    return [
+        shown + reachable,
+        _number(part.loc[:, "achieved"].mean()),
+        argument.iloc[0] if len(argument) else "–",
+        *(_number(part.loc[:, f"reference_{name}"].mean()) for name in MEASURED),
+        _number(part.loc[:, "reference_row_sum_defect"].max(), digits=1),
+    ]
+
+
+def _number(value: float, digits: int = 2) -> str:
+    if pandas.isna(value):
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 0.01 or digits == 1 else f"{value:.2f}"
+
+
+def _short(reason: str) -> str:
+    return reason.split(";")[0].split(":")[0].replace("|", "/")
+
+
+def main() -> None:
+    """Fill the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="results/table.parquet of the study")
+    parser.add_argument("page", type=Path, help="a page with a place for each task")
+    paths = parser.parse_args()
+    table = pandas.read_parquet(paths.table)
+    tables = {task: task_table(table, task) for task in table["task"].unique()}
+    text = fill(paths.page.read_text(encoding="utf-8"), tables, paths.page.name)
+    with atomic(paths.page) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
