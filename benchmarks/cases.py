@@ -39,9 +39,9 @@ def window(name: str, length: int, other: Callable[..., adapters.Attention], bac
 
 
 def nystrom(landmarks: int, **goal: float) -> Case:
-    """Landmarks with pilots, beside six Newton-Schulz steps."""
+    """Landmarks and 16 pilots, beside six Newton-Schulz steps."""
     ridges = {"_target_": "attnlens.linalg.pseudo_inverse.RidgePath", "ridges": [1e-3, 1e-4, 1e-2]}
-    arguments = {"num_landmarks": landmarks, "inverse": ridges, "num_pilots": 32}
+    arguments = {"num_landmarks": landmarks, "inverse": ridges, "num_pilots": 16}
     others: dict[str, object] = {"num_landmarks": landmarks}
     name = f"nystromformer {landmarks}"
     return Case(name, "nystromformer", arguments, peer=adapters.nystrom, peer_arguments=others, goal=goal)

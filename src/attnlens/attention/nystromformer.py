@@ -58,14 +58,15 @@ def nystrom_attention(
     if key_padding_mask is None:
         mu = v.mean(2, keepdim=True)
         solution = fitted(inverse.candidates(core, columns - mu), pilots, landmarks_k, exact - mu)
-        return mu + partial_attention(q, landmarks_k, solution)[0]
+        # Rows of F sum to one, so that mu may be added before.
+        return partial_attention(q, landmarks_k, mu + solution)[0]
     count = key_padding_mask.sum(-1)[:, None, None, None]
     direct = count <= num_landmarks
     # Equal tokens would make such a core singular; its result is not used, but its gradient would be NaN.
     core = torch.where(direct, torch.eye(num_landmarks, dtype=core.dtype, device=core.device), core)
     mu = v.sum(2, keepdim=True) / count.clamp_min(1)
     solution = fitted(inverse.candidates(core, columns - mu), pilots, landmarks_k, exact - mu)
-    out = mu + partial_attention(q, landmarks_k, solution)[0]
+    out = partial_attention(q, landmarks_k, mu + solution)[0]
     rank = (key_padding_mask.cumsum(-1) - 1).clamp(0, num_landmarks - 1)
     return torch.where(direct, columns.take_along_dim(rank[:, None, :, None], 2), out)
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnlens.linalg.blocks import take_rows
+from attnlens.linalg.blocks import scores_at_once, take_rows
 
 
 def gray_position(bits: Bool[Tensor, "*k p"]) -> Int[Tensor, "*k"]:
@@ -44,8 +44,9 @@ def polytope_buckets(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h d 
     if k == 0:
         return torch.zeros(*x.shape[:2], r, x.shape[2], dtype=torch.long, device=x.device)
     rotations = rotations.flatten(2).to(x.dtype)
-    # A few rows at once: all n r k projections would be the largest tensor of the methods that hash.
-    rows_at_once = max(1, 2**19 // (x.shape[0] * rotations.shape[0] * r * k))
+    # A few rows at once, passed over several times: all n r k projections would be the largest tensor of the methods
+    # that hash, and on a CPU pieces of half a megabyte take half the time of two.
+    rows_at_once = max(1, scores_at_once(x) // 4 // (x.shape[0] * rotations.shape[0] * r * k))
     parts = [_largest((rows @ rotations).unflatten(-1, (r, k))) for rows in x.detach().split(rows_at_once, 2)]
     return torch.cat(parts, 2).transpose(2, 3).contiguous()
 

@@ -103,7 +103,8 @@ class JohnsonLindenstrauss(AbstractLengthProjection):
 
 def segment_matrix(num_keys: int, length: int) -> Float[Tensor, "r m"]:
     """The matrix of segment means over `length` tokens: min(num_keys, length) rows that sum to one."""
-    positions, member = (x[0] for x in segment(length, num_keys, None, torch.device("cpu")))
+    segments = segment(length, num_keys, None, torch.device("cpu"))
+    positions, member = segments.positions[0], segments.member[0]
     weights = member / member.sum(-1, keepdim=True)
     return torch.zeros(positions.shape[0], length, device="cpu").scatter_add_(1, positions, weights)
 
