@@ -39,7 +39,7 @@ def nearest_centroid(x: Float[Tensor, "b h n d"], centroids: Float[Tensor, "h c 
     """The centroid nearest to the layer-normalized row; without gradient."""
     centroids = centroids.to(x.dtype)
     half = centroids.square().sum(-1)[:, None] / 2
-    rows_at_once = max(1, scores_at_once(x) // 4 // (x.shape[0] * x.shape[1] * max(centroids.shape[1:])))
+    rows_at_once = max(1, scores_at_once(x) // 8 // (x.shape[0] * x.shape[1] * max(centroids.shape[1:])))
     parts = x.detach().split(rows_at_once, 2)
     return torch.cat([first_largest(F.layer_norm(part, x.shape[-1:]) @ centroids.mT - half) for part in parts], 2)
 

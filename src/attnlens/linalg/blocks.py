@@ -36,7 +36,7 @@ def host_reads_are_free(x: Tensor) -> bool:
 
 def scores_at_once(x: Tensor) -> int:
     """How many scores to hold together: on a CPU their masks should stay in the cache, else memory is the limit."""
-    return 2**19 if x.device.type == "cpu" else 2**26
+    return 2**20 if x.device.type == "cpu" else 2**26
 
 
 def take_rows(x: Float[Tensor, "b h n d"], index: Int[Tensor, "b h *k"]) -> Float[Tensor, "b h *k d"]:

@@ -46,7 +46,7 @@ def polytope_buckets(x: Float[Tensor, "b h n d"], rotations: Float[Tensor, "h d 
     rotations = rotations.flatten(2).to(x.dtype)
     # A few rows at once, passed over several times: all n r k projections would be the largest tensor of the methods
     # that hash, and on a CPU pieces of half a megabyte take half the time of two.
-    rows_at_once = max(1, scores_at_once(x) // 4 // (x.shape[0] * rotations.shape[0] * r * k))
+    rows_at_once = max(1, scores_at_once(x) // 8 // (x.shape[0] * rotations.shape[0] * r * k))
     parts = [_largest((rows @ rotations).unflatten(-1, (r, k))) for rows in x.detach().split(rows_at_once, 2)]
     return torch.cat(parts, 2).transpose(2, 3).contiguous()
 

@@ -7,6 +7,7 @@ kept; rows average over seeds.
 """
 
 import argparse
+from itertools import groupby
 from pathlib import Path
 
 import pandas
@@ -22,7 +23,8 @@ MEASURED = ("error", "skill", "rank_r_error", "top_k_error")
 
 
 def task_table(table: pandas.DataFrame, task: str) -> str:
-    """One line a (method, budget), in the table's order of families; scores stand on the first line of a method."""
+    """Lines of a method on its budgets, in the order of families; scores stand on the first, a star marks a budget
+    that the method cannot reach, measured at the nearest cost that it can."""
     rows = table.loc[table["task"] == task]
     lines = ["| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD)]
     families = rows.drop_duplicates("method").sort_values("family", kind="stable")
@@ -33,11 +35,14 @@ def task_table(table: pandas.DataFrame, task: str) -> str:
             cells = [str(family), f"`{method}`", "–", "–", "–", _short(reason), *["–"] * (len(MEASURED) + 1)]
             lines.append("| " + " | ".join(cells) + " |")
             continue
-        first = True
-        for budget, part in of_method.groupby(of_method["budget"].fillna(0), sort=True):
-            score = _score(part) if first else ""
-            lines.append("| " + " | ".join([str(family), f"`{method}`", score, *_measured(budget, part)]) + " |")
-            first = False
+        by_budget = of_method.groupby(of_method["budget"].fillna(0), sort=True)
+        measured = [(_budget(budget, part), _measured(part)) for budget, part in by_budget]
+        score = _score(of_method)
+        # Budgets below the least cost of a method have one row: it says the same for each of them.
+        for cells, alike in groupby(measured, key=lambda row: row[1]):
+            budgets = ", ".join(budget for budget, _ in alike)
+            lines.append("| " + " | ".join([str(family), f"`{method}`", score, budgets, *cells]) + " |")
+            score = ""
     return "\n".join(lines)
 
 
@@ -46,13 +51,14 @@ def _score(part: pandas.DataFrame) -> str:
     return f"{mean:.3f} ({low:.3f}, {high:.3f})"
 
 
-def _measured(budget: float, part: pandas.DataFrame) -> list[str]:
-    """Budget, achieved cost, argument and errors on the reference model's Q, K, V, means over seeds."""
-    shown = "–" if budget == 0 else f"{budget:g}"
-    reachable = " (unreachable)" if "unreachable" in set(part["status"]) else ""
+def _budget(budget: float, part: pandas.DataFrame) -> str:
+    return ("–" if budget == 0 else f"{budget:g}") + ("*" if "unreachable" in set(part["status"]) else "")
+
+
+def _measured(part: pandas.DataFrame) -> list[str]:
+    """Achieved cost, argument and errors on the reference model's Q, K, V, means over seeds."""
     argument = part["argument"].dropna()
     return [
-        shown + reachable,
         _number(part.loc[:, "achieved"].mean()),
         argument.iloc[0] if len(argument) else "–",
         *(_number(part.loc[:, f"reference_{name}"].mean()) for name in MEASURED),

@@ -1,0 +1,35 @@
+"""The study as Markdown: every method on every budget, and a reason where there is none."""
+
+import pandas
+
+from attnlens.report.study import task_table
+
+
+def rows(method, budgets, **values):
+    found = {"family": "sparse", "method": method, "task": "recall", "reason": None, "score": 0.5}
+    found |= {"score_mean": 0.5, "score_low": 0.4, "score_high": 0.6, "argument": "k=1", "achieved": 0.2}
+    found |= {f"reference_{name}": 0.1 for name in ("error", "skill", "rank_r_error", "top_k_error", "row_sum_defect")}
+    return [found | {"budget": budget, "status": "ok"} | values for budget in budgets]
+
+
+def cells(found):
+    table = task_table(pandas.DataFrame(found), "recall")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_budgets_below_the_least_cost_share_a_line_and_are_marked():
+    least = rows("a", (0.0625, 0.125), status="unreachable")
+    (first, second) = cells(least + rows("a", (0.5,), argument="k=4", achieved=0.5))
+    assert first[2:6] == ["0.500 (0.400, 0.600)", "0.0625*, 0.125*", "0.20", "k=1"]
+    assert second[2:6] == ["", "0.5", "0.50", "k=4"]
+
+
+def test_seeds_are_averaged():
+    (found,) = cells(rows("a", (0.5,), reference_error=0.2) + rows("a", (0.5,), reference_error=0.6))
+    assert found[6] == "0.40"
+
+
+def test_a_method_that_does_not_apply_says_why():
+    (found,) = cells(rows("a", (None,), score=None, reason="`causal=True` is not possible with A; take another"))
+    assert found[5] == "`causal=True` is not possible with A"
+    assert set(found[6:]) == {"–"}
