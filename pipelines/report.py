@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
 
     root = Path.cwd()
     cells = read_cells(root)
-    report = build_report(root, cells, methods_of(cells.approximate))
+    report = build_report(root, cells, methods_of(cells.approximate, cells.converge))
     track(report, root, cfg.logger)
     print(console(cells, report.rows))
     print("\nreport/index.html")

@@ -18,6 +18,7 @@ SMALL = {
     "conf/data/mqar.yaml": [(r"num_train: .*", "num_train: 64"), (r"num_(validation|test): .*", r"num_\1: 8")],
     "conf/experiment/mqar.yaml": [(r"steps: 300", "steps: 2"), (r"warmup_steps: .*", "warmup_steps: 1")],
     "conf/analysis/default.yaml": [(r"draws: .*", "draws: 2"), (r"resamples: .*", "resamples: 100")],
+    "conf/analysis/converge.yaml": [(r"draws: .*", "draws: 2")],
     "conf/common.yaml": [(r"logger: wandb", "logger: csv")],
 }
 
@@ -45,7 +46,8 @@ def repro(project: Path, *flags: str) -> set[str]:
 def test_a_study_from_nothing_then_only_what_changed(project):
     methods = ("softmax", "mean", "random_keys")
     everything = {"prepare@mqar", "accuracy", "report"}
-    everything |= {f"train@mqar-{name}" for name in methods} | {f"approximate@{name}" for name in methods}
+    everything |= {f"train@mqar-{name}" for name in methods}
+    everything |= {f"{stage}@{name}" for stage in ("approximate", "converge") for name in methods}
     assert repro(project) == everything
     assert (project / "report" / "index.html").stat().st_size > 100_000
     assert (project / "results" / "table.parquet").is_file()
@@ -57,7 +59,10 @@ def test_a_study_from_nothing_then_only_what_changed(project):
     conf.write_text(text + "# a comment\n")
     assert repro(project, "--dry") == set(), "a comment is no change"
     conf.write_text(text.replace("num_keys: 16", "num_keys: 9"))
-    assert repro(project) == {"train@mqar-random_keys", "approximate@random_keys", "accuracy", "report"}
+    assert repro(project) == {
+        *("train@mqar-random_keys", "approximate@random_keys", "converge@random_keys"),
+        *("accuracy", "report"),
+    }
 
     conf.write_text(text)
     repro(project, "-f", "--no-run-cache")

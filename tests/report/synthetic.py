@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 
 from attnlens.files import write_json
-from attnlens.report.methods import Method
+from attnlens.report.methods import Method, methods_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +69,7 @@ def write_study(root: Path) -> None:
     write_json(root / "results/accuracy.json", {"study": "default", "rows": [_accuracy(a, d) for a, d in _pairs()]})
     for attention in METHODS:
         write_json(root / f"results/approximate/{attention}.json", _approximate(attention))
+        write_json(root / f"results/converge/{attention}.json", converged(attention))
     for attention, data in _pairs():
         _train(root / f"models/{attention}/{data}", attention, data)
 
@@ -161,6 +162,25 @@ def _row(attention: str, data: str, source: str, seed: int, layer: int, head: in
     return row
 
 
+def converged(attention: str) -> dict:
+    """Errors that fall with half an order; `performer` alone has a kernel estimate, one without a budget no point."""
+    family, target, argument, *_, error = METHODS[attention]
+    result = {"attention": attention, "family": family, "target": target, "budget": argument}
+    result |= {"order": declared(attention)["order"], "randomized": True, "kernel": attention == "performer"}
+    if argument is None:
+        return result | {"reason": "no budget to choose", "points": [], "null": [], "slope": None}
+    points = [
+        {"logit_scale": scale, "argument": size, "achieved": size / 64, "error": error * scale * size**-0.5}
+        | {"kernel_error": 2 * size**-0.5 if attention == "performer" else None}
+        for scale in (0.1, 1.0)
+        for size in (8, 16, 32)
+    ]
+    null = [{"logit_scale": scale, "error": 0.9 * scale} for scale in (0.1, 1.0)]
+    of = "kernel" if attention == "performer" else "output"
+    slope = {"of": of, "slope": -0.5, "standard_error": 0.012, "arguments": [8, 16, 32]}
+    return result | {"reason": None, "points": points, "null": null, "slope": slope}
+
+
 def declared(attention: str) -> dict[str, object]:
     """What an operator of the study would declare."""
     family, target, argument, causal, *_ = METHODS[attention]
@@ -178,4 +198,6 @@ def declared(attention: str) -> dict[str, object]:
 
 def methods() -> list[Method]:
     """All of them."""
-    return [Method(name=name, **declared(name)) for name in METHODS]
+    return methods_of(
+        {name: {"declared": declared(name)} for name in METHODS}, {name: converged(name) for name in METHODS}
+    )

@@ -12,6 +12,7 @@ from attnlens.report.cells import read_cells, train_stage
     ("path", "command"),
     [
         ("results/approximate/performer.json", "dvc repro approximate@performer"),
+        ("results/converge/performer.json", "dvc repro converge@performer"),
         ("results/accuracy.json", "dvc repro accuracy"),
         ("models/window/mqar/cell.json", "dvc repro train@mqar-window"),
         ("models/window/mqar/seed1/metrics.json", "dvc repro train@mqar-window"),
@@ -60,6 +61,7 @@ def test_strays_are_named_and_stay_out(study):
     cells = read_cells(study)
     assert set(cells.strays) == {
         "results/approximate/linear.json",
+        "results/converge/linear.json",
         "models/linear/mqar",
         "models/linear/shakespeare",
         "models/window/mqar/seed2",

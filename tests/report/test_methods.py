@@ -8,7 +8,7 @@ from attnlens.report.methods import methods_of
 def test_declarations_are_those_of_the_class():
     config = {"_target_": "attnlens.attention.random_keys.RandomKeys", "num_keys": 3}
     found = declarations(config, RandomKeys(num_keys=3, max_length=8, seed=0))
-    (method,) = methods_of({"random_keys": {"declared": found}})
+    (method,) = methods_of({"random_keys": {"declared": found}}, {"random_keys": {"slope": None}})
     assert (method.family, method.causal, method.order) == (RandomKeys.family, RandomKeys.causal, RandomKeys.order)
     assert method.budget == "num_keys"
     assert method.arguments == "num_keys=3"

@@ -5,7 +5,6 @@ inputs: `own`, the model trained with this operator, or `reference`, the model o
 docs/measures.md defines the numbers.
 """
 
-import inspect
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from attnlens.analysis.budget import Match, exact_flops, ladder, operator_flops
 from attnlens.analysis.capture import Capture, read_captures
-from attnlens.analysis.declared import declarations
+from attnlens.analysis.declared import declarations, is_learned, is_randomized
 from attnlens.analysis.measure import measure
 from attnlens.attention import AbstractAttention, build
 from attnlens.study import Study, read_cell, seed_file
@@ -89,16 +88,6 @@ def summarize(result: Mapping[str, Any]) -> dict[str, float]:
         if row["error"] is not None:
             groups.setdefault(f"{row['data']}/{row['source']}/{row['budget']}/error", []).append(row["error"])
     return {name: statistics.fmean(values) for name, values in groups.items()}
-
-
-def is_learned(operator: AbstractAttention) -> bool:
-    """Whether training changes the operator; it then keeps the weights and the budget it was trained with."""
-    return any(True for _ in operator.parameters())
-
-
-def is_randomized(operator: AbstractAttention) -> bool:
-    """Whether the operator draws: its constructor names `seed`."""
-    return "seed" in inspect.signature(type(operator)).parameters
 
 
 def _build(cell: Cell, capture: Capture, seed: int = 0, **overrides: object) -> AbstractAttention:

@@ -22,6 +22,16 @@ def declarations(config: Mapping, operator: AbstractAttention) -> dict[str, obje
     }
 
 
+def is_learned(operator: AbstractAttention) -> bool:
+    """Whether training changes the operator; it then keeps the weights and the budget it was trained with."""
+    return any(True for _ in operator.parameters())
+
+
+def is_randomized(operator: AbstractAttention) -> bool:
+    """Whether the operator draws: its constructor names `seed`."""
+    return "seed" in inspect.signature(type(operator)).parameters
+
+
 def arguments(config: Mapping) -> str:
     """Arguments as a call would have them; a nested part by the name of its class."""
     return ", ".join(f"{name}={_argument(value)}" for name, value in sorted(config.items()) if name != "_target_")

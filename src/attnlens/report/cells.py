@@ -16,6 +16,7 @@ class Cells:
     study: str
     accuracy: dict[tuple[str, str], dict]
     approximate: dict[str, dict]
+    converge: dict[str, dict]
     trained: dict[tuple[str, str], dict]
     metrics: dict[tuple[str, str, int], dict]
     meta: dict[str, dict]
@@ -44,6 +45,7 @@ def read_cells(root: Path) -> Cells:
     missing: list[tuple[str, str]] = []
     accuracy = _read(root, "results/accuracy.json", "accuracy", missing)
     approximate = {a: _read(root, f"results/approximate/{a}.json", f"approximate@{a}", missing) for a in axes.attention}
+    converge = {a: _read(root, f"results/converge/{a}.json", f"converge@{a}", missing) for a in axes.attention}
     meta = {data: _read(root, f"data/prepared/{data}/meta.json", f"prepare@{data}", missing) for data in axes.data}
     trained = {
         (a, data): _read(root, f"models/{a}/{data}/cell.json", train_stage(a, data), missing) for a, data in pairs
@@ -60,7 +62,7 @@ def read_cells(root: Path) -> Cells:
     configs = {data: _config(root, axes.reference, data) for data in axes.data}
     strays = tuple(_strays(root, axes, scored))
     study = str(accuracy.get("study") or "default")
-    return Cells(axes, study, scored, approximate, trained, metrics, meta, configs, strays)
+    return Cells(axes, study, scored, approximate, converge, trained, metrics, meta, configs, strays)
 
 
 def train_stage(attention: str, data: str) -> str:
@@ -92,7 +94,8 @@ def _config(root: Path, attention: str, data: str) -> str:
 
 def _strays(root: Path, axes: Study, scored: Iterable[tuple[str, str]]) -> list[str]:
     """Results that belong to no listed cell: left by a method, a data set or a seed since removed."""
-    named = [f"results/approximate/{p.name}" for p in (root / "results/approximate").glob("*.json")]
+    stages = ("approximate", "converge")
+    named = [f"results/{stage}/{p.name}" for stage in stages for p in (root / "results" / stage).glob("*.json")]
     strays = [name for name in named if Path(name).stem not in axes.attention]
     for folder in (root / "models").glob("*/*"):
         attention, data = folder.parts[-2:]

@@ -1,6 +1,6 @@
 """The figures as Vega-Lite charts: on the page they are live SVG, in results/figures/ the same charts are PNG.
 
-Every chart is a function of the joined table's rows; the panels of a chart are tasks.
+Every chart is a function of the joined table's rows; the panels of a chart are tasks, of `convergence` logit scales.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ import altair as alt
 from attnlens.files import atomic
 from attnlens.report.cells import Cells
 from attnlens.report.columns import Row
+from attnlens.report.convergence import convergence_figure
 from attnlens.report.palette import FAINT, FAMILY_COLORS, INK
 from attnlens.report.series import (
     NULL,
@@ -37,13 +38,14 @@ CHOSEN = "datum.source == source"
 
 
 def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The Vega-Lite specifications by name: accuracy, error, prediction and heads."""
+    """The Vega-Lite specifications by name: accuracy, error, prediction, heads and convergence."""
     family_of = {attention: str(cells.approximate[attention]["family"]) for attention in cells.axes.attention}
     charts = {
         "accuracy": lambda style: accuracy_figure(cells, style),
         "error": lambda style: error_figure(cells, rows, style),
         "prediction": lambda style: prediction_figure(cells, rows, style),
         "heads": lambda style: heads_figure(cells, style),
+        "convergence": lambda style: convergence_figure(cells, style),
     }
     specs = {}
     for name, chart in charts.items():
