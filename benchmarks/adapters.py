@@ -5,7 +5,9 @@ projects inside, its projections are replaced by modules that hand the tensors t
 written here as their papers state them, naively: one dense operation after another.
 """
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,6 +179,77 @@ def performer(length: int, causal: bool, *, num_features: int) -> Attention:
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return peer(q, k, v)
+
+    return run
+
+
+def naive(operation: str) -> Any:
+    """The naive file of one of flash-linear-attention's operations; its package would import Triton.
+
+    Raises:
+        ImportError: fla-core is not installed.
+    """
+    package = importlib.util.find_spec("fla")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("fla-core is not installed", name="fla-core")
+    file = Path(package.submodule_search_locations[0]) / "ops" / operation / "naive.py"
+    spec = importlib.util.spec_from_file_location(f"naive_{operation}", file)
+    assert spec is not None, f"{file} is no module"
+    assert spec.loader is not None, f"{file} is no module"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gates(width: int) -> Callable[[Tensor], Tensor]:
+    """A sigmoid of a linear map of every key, as our operators read their gates: (1, 8, n, 64) to (1, 8, n, width)."""
+    maps = torch.randn(8, 64, width) / 8
+    return lambda k: torch.sigmoid(k @ maps)
+
+
+def linear(length: int, causal: bool) -> Attention:
+    """fla's naive chunked linear attention, normalized, on elu + 1 of q and k."""
+    peer = naive("linear_attn").naive_chunk_linear_attn
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = ((f(x)).transpose(1, 2) for f, x in ((features, q), (features, k), (nn.Identity(), v)))
+        return peer(q, k, v, normalize=True).transpose(1, 2)
+
+    def features(x: Tensor) -> Tensor:
+        return F.elu(x) + 1
+
+    return run
+
+
+def delta(length: int, causal: bool) -> Attention:
+    """fla's naive chunked delta rule at its own chunk of 32, gates read from the keys."""
+    peer, step = naive("delta_rule").delta_rule_chunkwise, gates(1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return peer(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, step(k)[..., 0])[0]
+
+    return run
+
+
+def gated_delta(length: int, causal: bool) -> Attention:
+    """fla's naive chunked gated delta rule, which is also transformers' path without kernels."""
+    peer, step, decay = naive("gated_delta_rule").naive_chunk_gated_delta_rule, gates(1), gates(1)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        unit = (F.normalize(x, dim=-1).transpose(1, 2) for x in (q, k))
+        forget, beta = (x[..., 0].transpose(1, 2) for x in (decay(k).log(), step(k)))
+        return peer(*unit, v.transpose(1, 2), forget, beta)[0].transpose(1, 2)
+
+    return run
+
+
+def gla(length: int, causal: bool) -> Attention:
+    """fla's naive gated linear attention, token by token: it has no chunked one."""
+    peer, decay = naive("gla").naive_recurrent_gla, gates(64)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v, g = (x.transpose(1, 2) for x in (q, k, v, decay(k).log() / 16))
+        return peer(q, k, v, g)[0].transpose(1, 2)
 
     return run
 

@@ -54,6 +54,21 @@ def reformer(name: str, length: int, causal: bool, **goal: float) -> Case:
     return Case(name, "reformer", arguments, length, causal, False, adapters.reformer, others, goal=goal)
 
 
+def recurrent(method: str, other: Callable[..., adapters.Attention], forward: float, both: float) -> list[Case]:
+    """Causal at 2048 tokens, forward and with backward."""
+    common = {"method": method, "arguments": {}, "length": 2048, "causal": True, "peer": other}
+    return [
+        Case(name=method, **common, goal={"peer": forward}),
+        Case(name=f"{method} train", **common, backward=True, goal={"peer": both}),
+    ]
+
+
+def features(name: str, length: int, causal: bool, **goal: float) -> Case:
+    """256 positive random features."""
+    arguments: dict[str, object] = {"num_features": 256}
+    return Case(name, "performer", arguments, length, causal, False, adapters.performer, arguments, goal=goal)
+
+
 CASES = [
     Case("mean", "mean", {}),
     Case("mean causal", "mean", {}, causal=True),
@@ -129,6 +144,12 @@ CASES = [
         peer_arguments={"num_keys": 256},
         goal={"peer": 1.5, "memory": 0.5},
     ),
+    features("performer", 4096, False, peer=3.5, memory=1 / 6),
+    features("performer causal", 2048, True, peer=20, memory=1 / 6),
+    *recurrent("linear", adapters.linear, 1.5, 2),
+    *recurrent("delta", adapters.delta, 2, 4),
+    *recurrent("gated_delta", adapters.gated_delta, 2, 4),
+    *recurrent("gla", adapters.gla, 2, 4),
     Case(
         name="hierarchical",
         method="hierarchical",

@@ -79,7 +79,7 @@ def timed(case: Case, runs: dict[str, measure.Attention], pairs: int, threads: i
 
 
 def probed(case: Case, run: Callable[..., Tensor], real: tuple[Tensor, ...] | None) -> dict[str, float | None]:
-    """Errors, row sums and leak of one side at a length that a float64 reference can be had for."""
+    """Errors against softmax, row sums and leak of one side at a length that a float64 reference can be had for."""
     gaussian = measure.inputs(ERROR_LENGTH)
     found: dict[str, float | None] = {
         "error_gaussian": measure.relative_error(run, *gaussian, case.causal),

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from attnlens.linalg.blocks import balanced_groups, fold, inverse, real_first, take_rows, tiles, unfold
+from attnlens.linalg.blocks import (
+    balanced_groups,
+    fold,
+    in_pieces,
+    inverse,
+    real_first,
+    scores_at_once,
+    take_rows,
+    tiles,
+    unfold,
+)
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 8, 9])
@@ -86,3 +96,19 @@ def test_tiles_hold_every_row_once_with_rows_of_its_own_block(size, num_blocks):
         assert torch.equal(cut.members.flatten(-2).gather(-1, cut.place), torch.arange(11).expand(2, 3, 11))
         assert torch.equal(cut.block.gather(-1, cut.place // size), block)
         assert (cut.place.sort(-1).values.diff() > 0).all()
+
+
+def test_pieces_give_what_the_whole_gives_forward_and_backward():
+    x = torch.randn(2, 2, 9000, 8, dtype=torch.float64, requires_grad=True)
+    whole = x.square().cumsum(-1)
+    parts = in_pieces(lambda rows: rows.square().cumsum(-1), x)
+    assert torch.equal(parts, whole)
+    weights = torch.linspace(-1, 1, x.numel()).view_as(x)
+    assert torch.equal(*(torch.autograd.grad((y * weights).sum(), x)[0] for y in (whole, parts)))
+
+
+def test_pieces_are_small_where_the_input_is_large():
+    sizes = []
+    in_pieces(lambda rows: sizes.append(rows.shape[2]) or rows, torch.zeros(1, 8, 1000, 64))
+    assert sum(sizes) == 1000
+    assert max(sizes) * 8 * 64 <= scores_at_once(torch.zeros(1)) // 16

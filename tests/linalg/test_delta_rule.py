@@ -51,7 +51,7 @@ def test_the_memory_is_bounded_by_what_was_written(length):
 
 
 def test_a_zero_vector_stays_zero_with_a_finite_gradient():
-    x = torch.zeros(2, 3, requires_grad=True)
+    x = torch.zeros(1, 2, 2, 3, requires_grad=True)
     unit(x).sum().backward()
     assert (unit(x) == 0).all()
     assert x.grad.isfinite().all()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnlens.attention.base import AbstractRecurrentAttention
+from attnlens.linalg.blocks import in_pieces
 from attnlens.linalg.prefix import PrefixState, causal_kernel_attention, empty_prefix, kernel_attention
 
 
@@ -94,7 +95,7 @@ class Linear(AbstractRecurrentAttention):
         causal: bool,
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
-        f_q, f_k = query_features(q), elu_features(k)
+        f_q, f_k = in_pieces(query_features, q), in_pieces(elu_features, k)
         if key_padding_mask is not None:
             # A zero key is not a missing one: its features are ones.
             f_k = torch.where(key_padding_mask[:, None, :, None], f_k, 0)

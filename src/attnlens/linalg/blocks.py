@@ -10,6 +10,7 @@
 Indices carry no gradient: cutting is constant where it does not jump.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,15 @@ def host_reads_are_free(x: Tensor) -> bool:
 def scores_at_once(x: Tensor) -> int:
     """How many scores to hold together: on a CPU their masks should stay in the cache, else memory is the limit."""
     return 2**20 if x.device.type == "cpu" else 2**26
+
+
+def in_pieces(function: Callable[[Tensor], Tensor], x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n m"]:
+    """`function`, which acts on every token alone, on pieces of the sequence whose intermediate results stay in cache.
+
+    On a CPU a pass over fresh memory costs four times one over memory in use.
+    """
+    rows = max(1, scores_at_once(x) // 16 // (x.shape[0] * x.shape[1] * x.shape[3]))
+    return function(x) if rows >= x.shape[2] else torch.cat([function(piece) for piece in x.split(rows, 2)], 2)
 
 
 def take_rows(x: Float[Tensor, "b h n d"], index: Int[Tensor, "b h *k"]) -> Float[Tensor, "b h *k d"]:

@@ -16,12 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from attnlens.linalg.blocks import in_pieces
 from attnlens.linalg.scan import chunked_scan
 
 
-def unit(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+def unit(x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
     """x / |x|; zero, which is what padding holds, stays zero."""
-    return F.normalize(x, dim=-1)
+    return in_pieces(lambda rows: F.normalize(rows, dim=-1), x)
 
 
 def delta_dense(

@@ -38,7 +38,7 @@ def empty_prefix(batch: int, num_heads: int, num_features: int, value_dim: int, 
 def normalized(numerator: Float[Tensor, "b h n dv"], normalizer: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n dv"]:
     """numerator / normalizer, and zero where the normalizer is (a query that saw nothing)."""
     empty = normalizer == 0
-    return (numerator / torch.where(empty, 1, normalizer)[..., None]).masked_fill(empty[..., None], 0)
+    return numerator * torch.where(empty, 0, 1 / torch.where(empty, 1, normalizer))[..., None]
 
 
 def kernel_attention(

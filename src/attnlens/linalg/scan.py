@@ -35,6 +35,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SHORTEST, LONGEST = 16, 64
+# With a triangular system, which is solved at a fifth of the rate of a product, shorter chunks pay.
+LONGEST_SOLVED = 48
 
 
 def chunk_length(length: int) -> int:
@@ -71,8 +73,12 @@ def chunked_scan(
 ) -> tuple[Float[Tensor, "b h d dv"] | None, Float[Tensor, "b h n dv"]]:
     """The recurrence of the module docstring from `state` (None: zero) on; the state after the last token where
     `final_state` asks for it. Decays should have passed attnlens.linalg.decay.bounded_decay."""
-    out, last = _Scan.apply(q, k, v, log_decay, beta, state, chunk or chunk_length(q.shape[2]), final_state)
-    return last if final_state else None, out
+    if chunk is None:
+        chunk = min(chunk_length(q.shape[2]), LONGEST if beta is None else LONGEST_SOLVED)
+    # One batch axis: with two, every product pays for expanding and reshaping them.
+    flat = [x if x is None else x.flatten(0, 1) for x in (q, k, v, log_decay, beta, state)]
+    out, last = _Scan.apply(*flat, chunk, final_state)
+    return last.unflatten(0, q.shape[:2]) if final_state else None, out.unflatten(0, q.shape[:2])
 
 
 class _Chunk(NamedTuple):
@@ -111,34 +117,45 @@ def _solve(c: _Chunk, k: Tensor, right: Tensor, *, adjoint: bool = False) -> Ten
     """(I + A)^{-1} right, or (I + A)^{-T} right: only one triangle is read, and not the diagonal."""
     assert c.steps is not None
     system = _times(c.steps @ k.mT, c.decay)
-    return torch.linalg.solve_triangular(system.mT if adjoint else system, right, upper=adjoint, unitriangular=True)
+    # X^T (I + A)^T = right^T: transposed, the rows of X lie as BLAS wants its columns, and nothing is copied.
+    factor = system if adjoint else system.mT
+    return torch.linalg.solve_triangular(factor, right.mT, upper=not adjoint, left=False, unitriangular=True).mT
+
+
+def _product(left: Tensor, right: Tensor, added: Tensor | None) -> Tensor:
+    """left @ right + added, by one kernel."""
+    return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right)
 
 
 def _split(chunk: int, *tensors: Tensor | None) -> list[tuple[Any, ...]]:
-    length = next(x.shape[2] for x in tensors if x is not None)
-    parts = [[None] * -(-length // chunk) if x is None else x.split(chunk, 2) for x in tensors]
+    length = next(x.shape[1] for x in tensors if x is not None)
+    parts = [[None] * -(-length // chunk) if x is None else x.split(chunk, 1) for x in tensors]
     return list(zip(*parts, strict=True))
 
 
 def _forward(
-    chunks: list[tuple[Any, ...]], state: Tensor | None, final_state: bool
+    chunks: list[tuple[Any, ...]], state: Tensor | None, final_state: bool, saved: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """(out, U, the state before every chunk and the last one where asked for); U is None where it is V."""
-    outs, written, states = [], [], [state]
+    """(out, U, the state before every chunk and the last one where asked for); U is None where it is V.
+
+    Where nothing is `saved` for a backward pass, U and the states before the last are not kept.
+    """
+    states: list[Tensor | None] = [state]
+    outs, written = [], []
     for index, (q, k, v, log_decay, beta) in enumerate(chunks):
         c, past, u = _chunk(q, k, log_decay, beta), states[-1], v
         if c.steps is not None:
             right = v * beta[..., None]
             if past is not None:
-                right -= _times(c.steps, c.from_start) @ past
+                right = torch.baddbmm(right, _times(c.steps, c.from_start), past, alpha=-1)
             u = _solve(c, k, right)
-            written.append(u)
-        out = c.scores @ u
-        outs.append(out if past is None else out.add_(_times(q, c.from_start) @ past))
+            if saved:
+                written.append(u)
+        outs.append(_product(c.scores, u, None if past is None else torch.bmm(_times(q, c.from_start), past)))
         if final_state or index < len(chunks) - 1:
-            fresh = _times(k, c.to_end).mT @ u
-            states.append(fresh if past is None else fresh.add_(c.kept(past)))
-    return torch.cat(outs, 2), torch.cat(written, 2) if written else None, states
+            after = _product(_times(k, c.to_end).mT, u, None if past is None else c.kept(past))
+            states = [*states, after] if saved else [after]
+    return torch.cat(outs, 1), torch.cat(written, 1) if written else None, states
 
 
 class _Adjoint(NamedTuple):
@@ -158,24 +175,25 @@ def _backward_chunk(
     """Gradients from those of the chunk's outputs and of the state `after` it (None: that state is not read)."""
     q, k, v, log_decay, beta, u, out = inputs
     c = _chunk(q, k, log_decay, beta)
-    grad_u, grad_past = c.scores.mT @ grad_out, _times(q, c.from_start).mT @ grad_out
-    grad_scores = c.masked(grad_out @ u.mT)
-    grad_q, grad_k = grad_scores @ k, grad_scores.mT @ q
+    grad_u = torch.bmm(c.scores.mT, grad_out)
+    kept = None if grad_after is None else c.kept(grad_after)
+    grad_past = _product(_times(q, c.from_start).mT, grad_out, kept)
+    grad_scores = c.masked(torch.bmm(grad_out, u.mT))
+    grad_q, grad_k = torch.bmm(grad_scores, k), torch.bmm(grad_scores.mT, q)
     if grad_after is not None:
-        grad_u += _times(k, c.to_end) @ grad_after
-        grad_k += _times(u @ grad_after.mT, c.to_end)
-        grad_past += c.kept(grad_after)
+        grad_u.baddbmm_(_times(k, c.to_end), grad_after)
+        grad_k.baddbmm_(_times(u, c.to_end), grad_after.mT)
     if past is not None:
-        grad_q += _times(grad_out @ past.mT, c.from_start)
+        grad_q.baddbmm_(_times(grad_out, c.from_start), past.mT)
     grad_steps = grad_right = grad_beta = None
     if c.steps is not None:
         grad_right = _solve(c, k, grad_u, adjoint=True)
-        grad_system = c.masked(grad_right @ u.mT).tril_(-1)
-        grad_steps = grad_system @ k
-        grad_k -= grad_system.mT @ c.steps
+        grad_system = c.masked(torch.bmm(grad_right, u.mT)).tril_(-1)
+        grad_steps = torch.bmm(grad_system, k)
+        grad_k.baddbmm_(grad_system.mT, c.steps, alpha=-1)
         if past is not None:
-            grad_steps += _times(grad_right @ past.mT, c.from_start)
-            grad_past -= _times(c.steps, c.from_start).mT @ grad_right
+            grad_steps.baddbmm_(_times(grad_right, c.from_start), past.mT)
+            grad_past.baddbmm_(_times(c.steps, c.from_start).mT, grad_right, alpha=-1)
     grad_decay = None
     if log_decay is not None:
         grad_total = (grad_out * out).sum(-1) - (grad_k * k).sum(-1)
@@ -207,7 +225,8 @@ class _Scan(torch.autograd.Function):
         chunk: int,
         final_state: bool,
     ) -> tuple[Tensor, Tensor]:
-        out, written, states = _forward(_split(chunk, q, k, v, log_decay, beta), state, final_state)
+        saved = any(ctx.needs_input_grad)
+        out, written, states = _forward(_split(chunk, q, k, v, log_decay, beta), state, final_state, saved)
         ctx.chunk, ctx.final_state = chunk, final_state
         ctx.save_for_backward(q, k, v, log_decay, beta, written, out, *states)
         last = states[-1] if final_state else None
@@ -226,10 +245,10 @@ class _Scan(torch.autograd.Function):
         carried = grad_last if ctx.final_state else None
         adjoints = []
         for index in reversed(range(len(chunks))):
-            grads = grad_out.split(ctx.chunk, 2)[index]
+            grads = grad_out.split(ctx.chunk, 1)[index]
             adjoints.append(_backward_chunk(chunks[index], states[index], states[index + 1], grads, carried))
             carried = adjoints[-1].past
         q_, k_, v_, decay_, beta_, _ = (
-            None if parts[0] is None else torch.cat(parts[::-1], 2) for parts in zip(*adjoints, strict=True)
+            None if parts[0] is None else torch.cat(parts[::-1], 1) for parts in zip(*adjoints, strict=True)
         )
         return q_, k_, v_, decay_, beta_, carried if states[0] is not None else None, None, None
