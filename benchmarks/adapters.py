@@ -183,6 +183,20 @@ def performer(length: int, causal: bool, *, num_features: int) -> Attention:
     return run
 
 
+def h_transformer(length: int, causal: bool, *, block_size: int) -> Attention:
+    """h-transformer-1d's HAttention1D with its input as q, k, v."""
+    from h_transformer_1d.h_transformer_1d import HAttention1D
+
+    peer = HAttention1D(512, heads=8, dim_head=64, block_size=block_size).eval()
+    peer.to_qkv, peer.to_out = Slot(), nn.Identity()
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        peer.to_qkv.held = torch.cat([flat(q), flat(k), flat(v)], -1)
+        return heads(peer(flat(q)), q.shape[1])
+
+    return run
+
+
 def naive(operation: str) -> Any:
     """The naive file of one of flash-linear-attention's operations; its package would import Triton.
 

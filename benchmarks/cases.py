@@ -157,4 +157,12 @@ CASES = [
         length=8192,
         goal={"exact": 3},
     ),
+    Case(
+        name="hierarchical sinks",
+        method="hierarchical",
+        arguments={"block_size": 16, "num_points": 8, "variance": True, "num_sinks": 1},
+        peer=adapters.h_transformer,
+        peer_arguments={"block_size": 16},
+        goal={"peer": 1},
+    ),
 ]

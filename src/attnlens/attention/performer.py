@@ -29,7 +29,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.attention.base import AbstractRecurrentAttention
+from attnlens.linalg.blocks import host_reads_are_free
+from attnlens.linalg.feature_scan import FeatureSums, linear_chunk, num_in_range
 from attnlens.linalg.partial import merge, partial_attention
+from attnlens.linalg.prefix import normalized
 from attnlens.linalg.random_features import gaussian_projections, positive_log_features
 from attnlens.linalg.scan import chunk_length
 
@@ -116,6 +119,40 @@ def bidirectional_performer(
     return features_to_queries(x, projections, keys_to_features(y, v, projections, key_padding_mask))[0]
 
 
+def linear_chunks(
+    x: Float[Tensor, "b h n d"],
+    y: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n dv"],
+    projections: Float[Tensor, "b h m d"],
+    key_padding_mask: Bool[Tensor, "b n"] | None,
+    chunk: int,
+    outs: list[Tensor],
+) -> tuple[int, FeatureSums | None]:
+    """Chunks in the linear domain, their outputs appended to `outs`, up to the first token that leaves its range: the
+    position of that one, and the sums before it."""
+    sums, extremes, w = None, None, projections.flatten(0, 1).mT
+    splits = [t.flatten(0, 1).split(chunk, 1) for t in (x, y, v)]
+    for index, (x_, y_, v_) in enumerate(zip(*splits, strict=True)):
+        real = None
+        if key_padding_mask is not None:
+            real = key_padding_mask[:, index * chunk : (index + 1) * chunk].repeat_interleave(x.shape[1], 0)
+        log_x, log_y = torch.bmm(x_, w), torch.bmm(y_, w) - y_.square().sum(-1, keepdim=True) / 2
+        held, extremes = num_in_range(log_x, log_y, real, extremes)
+        if held > 0:
+            real = None if real is None else real[:, :held]
+            out, sums = linear_chunk(log_x[:, :held], log_y[:, :held], v_[:, :held], real, sums)
+            outs.append(out.unflatten(0, x.shape[:2]))
+        if held < log_x.shape[1]:
+            return index * chunk + held, sums
+    return x.shape[2], sums
+
+
+def as_state(sums: FeatureSums, heads: torch.Size) -> PerformerState:
+    """The same sums as mean values and log masses."""
+    values = normalized(sums.moment, sums.mass)
+    return PerformerState(values.unflatten(0, heads), sums.mass.log().unflatten(0, heads))
+
+
 def causal_performer(
     x: Float[Tensor, "b h n d"],
     y: Float[Tensor, "b h n d"],
@@ -130,7 +167,11 @@ def causal_performer(
     where `final_state` asks for it."""
     outs, n = [], x.shape[2]
     chunk = chunk_length(n) if chunk is None else chunk
-    for start in range(0, n, chunk):
+    done = 0
+    if host_reads_are_free(x) and state is None:
+        done, sums = linear_chunks(x, y, v, projections, key_padding_mask, chunk, outs)
+        state = None if sums is None else as_state(sums, x.shape[:2])
+    for start in range(done, n, chunk):
         part = slice(start, start + chunk)
         mask = None if key_padding_mask is None else key_padding_mask[:, part]
         own = within_chunk(x[:, :, part], y[:, :, part], v[:, :, part], projections, mask)

@@ -35,7 +35,9 @@ def empty_prefix(batch: int, num_heads: int, num_features: int, value_dim: int, 
     return PrefixState(mass.new_zeros(*mass.shape, value_dim), mass)
 
 
-def normalized(numerator: Float[Tensor, "b h n dv"], normalizer: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n dv"]:
+def normalized(
+    numerator: Float[Tensor, "*batch n dv"], normalizer: Float[Tensor, "*batch n"]
+) -> Float[Tensor, "*batch n dv"]:
     """numerator / normalizer, and zero where the normalizer is (a query that saw nothing)."""
     empty = normalizer == 0
     return numerator * torch.where(empty, 0, 1 / torch.where(empty, 1, normalizer))[..., None]
