@@ -9,6 +9,16 @@ orthogonal within blocks of d, with the norms of independent Gaussian vectors, l
 estimate unbiased; they reduce its variance. Here features are handed over as logarithms, since e^{<w, x>} leaves the
 range of float32 at the scales that attention meets; what consumes them chooses the stabilizer.
 
+Variances of one independent draw relative to the square of K = e^{<x, y>}, with s = |x + y|^2 and r = |x - y|^2, so
+that K^2 = e^{(s - r)/2} and e^{|x|^2 + |y|^2} = e^{(s + r)/2}; a mean over m has 1/m of them:
+
+    positive       p(w) = e^{<w, x + y> - (|x|^2 + |y|^2)/2},   E p^2 = K^2 e^s,   relative variance e^s - 1,
+    hyperbolic     (p(w) + p(-w))/2,   E p(w) p(-w) = K^2 e^{-s},   (e^s + e^{-s})/2 - 1 = (1 - e^{-s}) (e^s - 1)/2,
+    trigonometric  e^{(|x|^2 + |y|^2)/2} cos <w, x - y>,   E cos^2 = (1 + e^{-2r})/2,   e^r (1 - e^{-r})^2/2.
+
+So positive features are exact for opposite x and y, trigonometric ones for equal, and no kind of them carries
+information where s and r are both well above log m.
+
 Sources: "Rethinking Attention with Performers" (Choromanski et al., 2021), https://arxiv.org/abs/2009.14794;
 "Orthogonal Random Features" (Yu et al., 2016), https://arxiv.org/abs/1610.09072.
 """
@@ -45,3 +55,18 @@ def positive_log_features(
     """log phi(x), the logarithm of the positive features: <w_f, x> - |x|^2/2 - log(m)/2."""
     num_features = projections.shape[-2]
     return x @ projections.mT - x.square().sum(-1, keepdim=True) / 2 - math.log(num_features) / 2
+
+
+def positive_log_variance(s: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """log(e^s - 1), the relative variance of one positive draw; s = |x + y|^2."""
+    return s + torch.log(-torch.expm1(-s))
+
+
+def hyperbolic_log_variance(s: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """log((1 - e^{-s}) (e^s - 1)/2), the relative variance of one opposite pair; s = |x + y|^2."""
+    return s + 2 * torch.log(-torch.expm1(-s)) - math.log(2)
+
+
+def trigonometric_log_variance(r: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """log(e^r (1 - e^{-r})^2/2), the relative variance of one sine and cosine; r = |x - y|^2."""
+    return r + 2 * torch.log(-torch.expm1(-r)) - math.log(2)
