@@ -1,0 +1,49 @@
+"""A sequence as a grid: token t of a grid with modes N1 x ... x Nm is its cell number t in row-major order.
+
+The first mode grows with the length and the others are fixed, so that a prefix of a sequence is a prefix of its grid.
+Cells behind the last token hold zeros and are masked. A fixed mode longer than the sequence is cut to it, which
+changes no result.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def grid_shape(length: int, fixed: tuple[int, ...]) -> tuple[int, ...]:
+    """N1, ..., Nm for the fixed modes N2, ..., Nm: as many cells as the sequence needs.
+
+    A mode is cut where the tokens fill only one index of all modes before it.
+    """
+    modes: list[int] = []
+    left = length
+    for size in reversed(fixed):
+        modes.append(min(size, left))
+        left = -(-left // modes[-1])
+    return (left, *reversed(modes))
+
+
+def to_grid(x: Float[Tensor, "b h n d"], shape: tuple[int, ...]) -> Float[Tensor, "b h *grid d"]:
+    """The tokens in their cells, zeros behind them."""
+    missing = math.prod(shape) - x.shape[2]
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, shape)
+
+
+def to_sequence(x: Float[Tensor, "b h *grid d"], length: int) -> Float[Tensor, "b h n d"]:
+    """The first `length` cells as a sequence."""
+    return x.flatten(2, -2)[:, :, :length]
+
+
+def real_cells(
+    length: int, shape: tuple[int, ...], key_padding_mask: Bool[Tensor, "b n"] | None, device: torch.device
+) -> Bool[Tensor, "#b *grid"] | None:
+    """Which cells hold a real token, for each example or for all; None where all do."""
+    missing = math.prod(shape) - length
+    if key_padding_mask is None:
+        if missing == 0:
+            return None
+        key_padding_mask = torch.ones(1, length, dtype=torch.bool, device=device)
+    return F.pad(key_padding_mask, (0, missing), value=False).unflatten(1, shape)
