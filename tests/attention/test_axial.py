@@ -11,6 +11,7 @@ from attnlens.attention import build
 from attnlens.attention.axial import Axial
 from attnlens.attention.softmax import softmax_naive
 from attnlens.testing.inputs import EXACT, gaussian
+from tests.grids import additive
 
 
 def weights(scores, visible):
@@ -95,18 +96,10 @@ def test_one_row_and_one_column_are_softmax_and_four_columns_are_not(causal):
 
 def test_additive_logits_on_a_full_grid_are_exact():
     """Rows and columns of the grid have features of their own: s = f(r, r') + g(c, c')."""
-    q, k = (additive(4, 6, seed) for seed in (0, 1))
+    q, k = additive(4, 6, seed=0)
     v = gaussian(24)[2]
     torch.testing.assert_close(Axial(6)(q, k, v), softmax_naive(q, k, v), atol=1e-12, rtol=0)
     assert (Axial(6)(q, k, v, causal=True) - softmax_naive(q, k, v, causal=True)).abs().max() > 0.01
-
-
-def additive(rows, columns, seed):
-    """Vectors (a_r, b_c), whose products are sums of one of rows and one of columns."""
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(2, 2, rows, 1, 4, generator=generator, dtype=torch.float64).expand(-1, -1, -1, columns, -1)
-    b = torch.randn(2, 2, 1, columns, 4, generator=generator, dtype=torch.float64).expand(-1, -1, rows, -1, -1)
-    return torch.cat([a, b], -1).flatten(2, 3) * 1.5
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -123,7 +116,7 @@ def test_the_bound_holds_under_padding_and_is_near(scale, causal):
 
 
 def test_the_bound_is_round_off_for_additive_logits():
-    q, k = (additive(4, 6, seed) for seed in (0, 1))
+    q, k = additive(4, 6, seed=0)
     assert (Axial(6).error_bound(q, k, gaussian(24)[2]) < 1e-10).all()
 
 

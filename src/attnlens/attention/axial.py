@@ -14,8 +14,8 @@ every token before it, and none after it.
 
 Time O(n (n / C + C) d), least at C = sqrt(n); memory O(n d). Equals softmax attention with one row (C >= n) or one
 column (C = 1), causal too, and in between, on a full grid and not causal, for additive logits s_(r,c),(r',c') =
-f(r, r') + g(c, c'). Elsewhere it is its own definition, and nothing converges: the error is bounded by how far the rows' masses
-are from the column's weights and the rows' patterns from those of the query,
+f(r, r') + g(c, c'). Elsewhere it is its own definition, and nothing converges: the error is bounded by how far the
+rows' masses are from the column's weights and the rows' patterns from those of the query,
 
     |out_i - softmax_i| <= diam(V) (TV(W_i, w_i) + sum_r' w_i(r') TV(softmax(s_i,(r',.)), softmax(s_(r',c),(r',.)))),
 

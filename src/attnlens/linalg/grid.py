@@ -13,6 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def fixed_modes(num_columns: int, num_rows: int | None) -> tuple[int, ...]:
+    """(N2,) for a grid of rows, or (N2, N3) for sheets of `num_rows` rows.
+
+    Raises:
+        ValueError: a side below 1.
+    """
+    for name, size in (("num_columns", num_columns), ("num_rows", num_rows)):
+        if size is not None and size < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {size}")
+    return (num_columns,) if num_rows is None else (num_rows, num_columns)
+
+
 def grid_shape(length: int, fixed: tuple[int, ...]) -> tuple[int, ...]:
     """N1, ..., Nm for the fixed modes N2, ..., Nm: as many cells as the sequence needs.
 
