@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from attnlens.position.grid import Grid
 from attnlens.position.learned import Learned
 from attnlens.position.none import NoPosition
 from attnlens.position.rope import Rope
@@ -49,7 +50,9 @@ def test_rope_needs_pairs():
         Rope(5, max_length=8)
 
 
-@pytest.mark.parametrize("make", [lambda: Sinusoidal(6, 10), lambda: Learned(6, 10, std=1.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: Sinusoidal(6, 10), lambda: Learned(6, 10, std=1.0), lambda: Grid(6, 10, 4, std=1.0)]
+)
 def test_embedding_adds_a_vector_that_depends_on_the_place_only(make):
     position = make()
     x = torch.randn(2, 10, 6)
@@ -66,12 +69,25 @@ def test_sinusoids_are_those_of_the_paper():
     assert Sinusoidal(5, 10).table.shape == (10, 5)
 
 
-@pytest.mark.parametrize("make", [lambda: Sinusoidal(4, 8), lambda: Learned(4, 8), lambda: Rope(4, 8)])
+@pytest.mark.parametrize(
+    "make", [lambda: Sinusoidal(4, 8), lambda: Learned(4, 8), lambda: Rope(4, 8), lambda: Grid(4, 8, 3)]
+)
 def test_a_sequence_that_is_too_long_is_refused(make):
     position, x = make(), torch.zeros(1, 2, 9, 4)
     with pytest.raises(ValueError, match=r"`max_length` of \w+ is 8, got a sequence of 9"):
         position.rotate(x, x)
         position.embed(x[0])
+
+
+def test_a_grid_adds_one_vector_of_the_row_and_one_of_the_column():
+    position = Grid(6, 10, 4, std=1.0)
+    added = (position.embed(torch.zeros(1, 10, 6)))[0]
+    torch.testing.assert_close(added[9] - added[8], added[1] - added[0])
+    torch.testing.assert_close(added[7] - added[3], added[4] - added[0])
+    assert sum(x.numel() for x in position.parameters()) == (3 + 4) * 6
+    assert abs(Grid(500, 400, 20, std=0.3).embed(torch.zeros(1, 400, 500)).std() - 0.3) < 0.01
+    with pytest.raises(ValueError, match="`num_columns` must be at least 1, got 0"):
+        Grid(6, 10, 0)
 
 
 def test_no_position_is_the_identity_at_any_length():
