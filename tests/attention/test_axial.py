@@ -21,18 +21,24 @@ def weights(scores, visible):
     return torch.softmax(logits.masked_fill(empty, 0), -1).masked_fill(~visible, 0)
 
 
-def product(q, k, columns, causal, mask=None):
+def product(q, k, columns, causal, mask=None, counted=True):
     """The matrix of axial attention as products of dense masked softmax matrices over all n x n pairs."""
     token = torch.arange(q.shape[2])
     row, column = token // columns, token % columns
     same_row, same_column = row[:, None] == row, column[:, None] == column
     real = torch.ones(q.shape[0], 1, 1, len(token), dtype=torch.bool) if mask is None else mask[:, None, None]
     scores = q @ k.mT / q.shape[-1] ** 0.5
+    # log N: how many tokens of the row of j does token i read, by way of j?
+    shown = same_row & real & ((token <= token[:, None]) | torch.tensor(not causal))
+    counts = (same_row & real).sum(-1).clamp_min(1).double().log()[:, :, None].expand(-1, -1, len(token), -1).clone()
+    if causal:
+        counts[:, :, token, token] = shown.sum(-1).clamp_min(1).double().log()
+    columns_logits = scores + counts if counted else scores
     if not causal:
-        return weights(scores, same_column & real) @ weights(scores, same_row & real)
+        return weights(columns_logits, same_column & real) @ weights(scores, same_row & real)
     own = weights(scores, same_row & (token <= token[:, None]) & real)
     whole = weights(scores, same_row & real)
-    down = weights(scores, same_column & (token <= token[:, None]) & real)
+    down = weights(columns_logits, same_column & (token <= token[:, None]) & real)
     return torch.diag_embed(down.diagonal(dim1=2, dim2=3)) @ own + down.tril(-1) @ whole
 
 
@@ -50,14 +56,15 @@ def test_equals_the_product_of_dense_matrices_forward_and_backward(length, colum
         torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_padding_anywhere_is_masked_in_both_matrices(causal):
+def test_padding_anywhere_is_masked_in_both_matrices(causal, counted):
     q, k, v = gaussian(23)
     mask = torch.ones(2, 23, dtype=torch.bool)
     mask[0, [0, 4, 12, 13, 14, 15, 16, 17]] = False
     mask[1, 9:] = False
-    found = Axial(6)(q, k, v, causal=causal, key_padding_mask=mask)
-    expected = product(q, k, 6, causal, mask) @ v
+    found = Axial(6, counted)(q, k, v, causal=causal, key_padding_mask=mask)
+    expected = product(q, k, 6, causal, mask, counted) @ v
     shown = mask[:, None, :, None].expand_as(found)
     torch.testing.assert_close(found[shown], expected[shown], atol=1e-12, rtol=0)
 
@@ -67,6 +74,21 @@ def test_a_causal_token_sees_itself_and_all_before_and_nothing_after():
     q, k, _ = gaussian(23)
     seen = Axial(6).matrix(q, k, causal=True) > 0
     assert torch.equal(seen, torch.ones(23, 23, dtype=torch.bool).tril().expand_as(seen))
+
+
+@pytest.mark.parametrize("length", [23, 24])
+def test_logits_of_zero_give_the_mean_of_what_is_seen(length):
+    """Without the counts of tokens, the first tokens of a row have a weight of up to C times that of the others."""
+    v = gaussian(length)[2]
+    zero = torch.zeros_like(v)
+    found = Axial(6)(zero, zero, v, causal=True)
+    torch.testing.assert_close(found, softmax_naive(zero, zero, v, causal=True), atol=1e-12, rtol=0)
+    plain = Axial(6, count_tokens=False).matrix(zero, zero, causal=True)
+    torch.testing.assert_close(plain[..., 6, 6], torch.full((2, 2), 0.5, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(plain[..., 6, 0], torch.full((2, 2), 1 / 12, dtype=torch.float64), atol=1e-12, rtol=0)
+    if length == 24:
+        q, k, v = gaussian(24)
+        assert torch.equal(Axial(6)(q, k, v), Axial(6, count_tokens=False)(q, k, v))
 
 
 def test_a_prefix_of_the_sequence_is_a_prefix_of_the_grid():
@@ -107,11 +129,12 @@ def test_additive_logits_on_a_full_grid_are_exact():
 def test_the_bound_holds_under_padding_and_is_near(scale, causal):
     q, k, v = gaussian(23, logit_scale=scale)
     mask = torch.arange(23) < torch.tensor([23, 11])[:, None]
-    operator, masks = Axial(6), {"causal": causal, "key_padding_mask": mask}
-    bound = operator.error_bound(q, k, v, **masks)
-    error = (operator(q, k, v, **masks) - softmax_naive(q, k, v, **masks)).norm(dim=-1)
-    shown = mask[:, None].expand_as(error)
-    assert (error <= bound)[shown].all()
+    masks = {"causal": causal, "key_padding_mask": mask}
+    for operator in (Axial(6, count_tokens=False), Axial(6)):
+        bound = operator.error_bound(q, k, v, **masks)
+        error = (operator(q, k, v, **masks) - softmax_naive(q, k, v, **masks)).norm(dim=-1)
+        shown = mask[:, None].expand_as(error)
+        assert (error <= bound)[shown].all()
     assert bound[shown].median() < 20 * error[shown].median()
 
 
