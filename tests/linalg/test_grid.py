@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnlens.linalg.grid import fixed_modes, grid_shape, real_cells, to_grid, to_sequence
+from attnlens.linalg.grid import fixed_modes, grid_shape, mode_product, real_cells, to_grid, to_sequence
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,13 @@ def test_a_mask_is_laid_out_like_the_tokens():
     real = real_cells(10, (3, 4), mask, mask.device)
     assert torch.equal(real.flatten(1)[:, :10], mask)
     assert not real.flatten(1)[:, 10:].any()
+
+
+def test_mode_products_are_sums_along_one_mode():
+    generator = torch.Generator().manual_seed(0)
+    x, a = (torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64) for shape in ((4, 5, 6), (7, 5)))
+    found = mode_product(x, a, 1)
+    torch.testing.assert_close(found, torch.einsum("bhij,bhrjd->bhrid", a, x), atol=1e-12, rtol=0)
 
 
 def test_sides_below_one_are_refused():

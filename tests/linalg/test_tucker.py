@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from attnlens.linalg.tucker import leading_directions, mode_product, tucker
+from attnlens.linalg.grid import mode_product
+from attnlens.linalg.tucker import leading_directions, tucker
 
 
 def draw(*shape, seed=0):

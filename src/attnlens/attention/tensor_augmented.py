@@ -77,7 +77,8 @@ class TensorAugmented(AbstractAttention):
     """Softmax attention with Tucker-compressed keys and values.
 
     Args:
-        num_columns: length of a row of the grid, at least 1.
+        num_columns: length of a row of the grid, at least 1; near the root of the length, or the eigenvectors of the
+            (m / num_columns) x (m / num_columns) Gram matrix cost more than the kernel.
         rank: of rows, columns and features, at least 1; no more than each has is used.
     """
 

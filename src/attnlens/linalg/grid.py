@@ -59,3 +59,9 @@ def real_cells(
             return None
         key_padding_mask = torch.ones(1, length, dtype=torch.bool, device=device)
     return F.pad(key_padding_mask, (0, missing), value=False).unflatten(1, shape)
+
+
+def mode_product(x: Float[Tensor, "b h *grid"], matrix: Float[Tensor, "b h _ _"], mode: int) -> Float[Tensor, "b h *_"]:
+    """x x_i M: every fiber along mode i times M."""
+    rows = x.movedim(2 + mode, 2)
+    return (matrix @ rows.flatten(3)).unflatten(3, rows.shape[3:]).movedim(2, 2 + mode)

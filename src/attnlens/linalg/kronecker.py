@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.linalg.dense import softmax_round_off
-from attnlens.linalg.grid import grid_shape
+from attnlens.linalg.grid import grid_shape, mode_product
 from attnlens.linalg.selected import value_diameter
 
 
@@ -27,14 +27,16 @@ def kronecker_attention(
     logits: Sequence[Float[Tensor, "b h _ _"]], v: Float[Tensor, "b h *grid dv"], real: Bool[Tensor, "#b *grid"] | None
 ) -> Float[Tensor, "b h *grid dv"]:
     """The formula above; `logits[i]` are those of mode i. Without a real cell the result is zero."""
-    mass = None if real is None else torch.zeros_like(v[..., 0]).masked_fill(~real[:, None], -torch.inf)
-    for mode in reversed(range(len(logits))):
+    if real is None:
+        for mode, term in enumerate(logits):
+            v = mode_product(v, torch.softmax(term, -1), mode)
+        return v
+    mass = torch.zeros_like(v[..., 0]).masked_fill(~real[:, None], -torch.inf)
+    for mode, term in reversed(list(enumerate(logits))):
         axis = 2 + mode
         rows = v.movedim(axis, -2)
-        if mass is None:
-            v = (_beside(torch.softmax(logits[mode], -1), rows) @ rows).movedim(-2, axis)
-            continue
-        scores = _beside(logits[mode], rows) + mass.movedim(axis, -1)[..., None, :]
+        beside = term[(slice(None), slice(None), *(None,) * (v.ndim - 4))]
+        scores = beside + mass.movedim(axis, -1)[..., None, :]
         hidden = scores == -torch.inf
         empty = hidden.all(-1, keepdim=True)
         scores = scores.masked_fill(empty, 0)
@@ -42,11 +44,6 @@ def kronecker_attention(
         v = (weights @ rows).movedim(-2, axis)
         mass = torch.logsumexp(scores, -1).masked_fill(empty[..., 0], -torch.inf).movedim(-1, axis)
     return v
-
-
-def _beside(logits: Tensor, rows: Tensor) -> Tensor:
-    """(b, h, N, N) with an axis of one for every mode that `rows` (b, h, ..., N, d) has besides."""
-    return logits[(slice(None), slice(None), *(None,) * (rows.ndim - 4))]
 
 
 def kronecker_bound(

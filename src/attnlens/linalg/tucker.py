@@ -22,6 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnlens.linalg.grid import mode_product
+
 
 class _Leading(torch.autograd.Function):
     """Gram matrix -> its leading eigenvectors, moved within their complement only.
@@ -75,12 +77,6 @@ class Tucker(NamedTuple):
             if factor is not None:
                 x = mode_product(x, factor, mode)
         return x
-
-
-def mode_product(x: Float[Tensor, "b h *grid"], matrix: Float[Tensor, "b h _ _"], mode: int) -> Float[Tensor, "b h *_"]:
-    """x x_i M: every fiber along mode i times M."""
-    rows = x.movedim(2 + mode, 2)
-    return (matrix @ rows.flatten(3)).unflatten(3, rows.shape[3:]).movedim(2, 2 + mode)
 
 
 def tucker(x: Float[Tensor, "b h *grid"], rank: int) -> Tucker:
