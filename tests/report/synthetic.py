@@ -70,6 +70,7 @@ def write_study(root: Path) -> None:
     for attention in METHODS:
         write_json(root / f"results/approximate/{attention}.json", _approximate(attention))
         write_json(root / f"results/converge/{attention}.json", converged(attention))
+    write_json(root / "results/variance.json", varied())
     for attention, data in _pairs():
         _train(root / f"models/{attention}/{data}", attention, data)
 
@@ -179,6 +180,14 @@ def converged(attention: str) -> dict:
     of = "kernel" if attention == "performer" else "output"
     slope = {"of": of, "slope": -0.5, "standard_error": 0.012, "arguments": [8, 16, 32]}
     return result | {"reason": None, "points": points, "null": null, "slope": slope}
+
+
+def varied() -> dict:
+    """Powers of ten that grow with the logits, on two Gaussian rungs and in one trained head."""
+    kinds = {"positive": 7.0, "hyperbolic": 6.7, "trigonometric": 6.8, "favor_sharp": 4.9}
+    ladder = [{"logit_scale": scale} | {kind: scale * top for kind, top in kinds.items()} for scale in (0.1, 1.0)]
+    head = {"data": "mqar", "seed": 0, "layer": 1, "head": 0, "head_dim": 32}
+    return {"head_dim": 64, "gaussian": ladder, "reference": [head | ladder[1] | {"positive": 40.0}]}
 
 
 def declared(attention: str) -> dict[str, object]:

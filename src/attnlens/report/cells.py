@@ -17,6 +17,7 @@ class Cells:
     accuracy: dict[tuple[str, str], dict]
     approximate: dict[str, dict]
     converge: dict[str, dict]
+    variance: dict
     trained: dict[tuple[str, str], dict]
     metrics: dict[tuple[str, str, int], dict]
     meta: dict[str, dict]
@@ -46,6 +47,7 @@ def read_cells(root: Path) -> Cells:
     accuracy = _read(root, "results/accuracy.json", "accuracy", missing)
     approximate = {a: _read(root, f"results/approximate/{a}.json", f"approximate@{a}", missing) for a in axes.attention}
     converge = {a: _read(root, f"results/converge/{a}.json", f"converge@{a}", missing) for a in axes.attention}
+    variance = _read(root, "results/variance.json", "variance", missing)
     meta = {data: _read(root, f"data/prepared/{data}/meta.json", f"prepare@{data}", missing) for data in axes.data}
     trained = {
         (a, data): _read(root, f"models/{a}/{data}/cell.json", train_stage(a, data), missing) for a, data in pairs
@@ -62,7 +64,7 @@ def read_cells(root: Path) -> Cells:
     configs = {data: _config(root, axes.reference, data) for data in axes.data}
     strays = tuple(_strays(root, axes, scored))
     study = str(accuracy.get("study") or "default")
-    return Cells(axes, study, scored, approximate, converge, trained, metrics, meta, configs, strays)
+    return Cells(axes, study, scored, approximate, converge, variance, trained, metrics, meta, configs, strays)
 
 
 def train_stage(attention: str, data: str) -> str:

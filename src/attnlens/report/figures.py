@@ -28,6 +28,7 @@ from attnlens.report.series import (
     tradeoff,
 )
 from attnlens.report.style import Style, legend, panel_title, pick, tip
+from attnlens.report.variance import variance_figure
 
 # Altair's declared result of `layer(...).properties(...)`; here it is a LayerChart.
 Panel = alt.LayerChart | alt.FacetChart
@@ -38,7 +39,7 @@ CHOSEN = "datum.source == source"
 
 
 def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The Vega-Lite specifications by name: accuracy, error, prediction, heads and convergence."""
+    """The Vega-Lite specifications by name: accuracy, error, prediction, heads, convergence, variance."""
     family_of = {attention: str(cells.approximate[attention]["family"]) for attention in cells.axes.attention}
     charts = {
         "accuracy": lambda style: accuracy_figure(cells, style),
@@ -46,6 +47,7 @@ def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         "prediction": lambda style: prediction_figure(cells, rows, style),
         "heads": lambda style: heads_figure(cells, style),
         "convergence": lambda style: convergence_figure(cells, style),
+        "variance": lambda style: variance_figure(cells.variance, style),
     }
     specs = {}
     for name, chart in charts.items():
