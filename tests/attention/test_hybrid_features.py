@@ -30,7 +30,9 @@ def naive(op, q, k, v, *, causal, mask):
     seen = seen.tril() if causal else seen
     f_x, f_y = op._features(q, k)
     f_x, f_y = (f.values * f.log_scale.exp()[..., None] for f in (f_x, f_y))
-    floor = f_x.norm(dim=-1, keepdim=True) * (seen @ f_y).norm(dim=-1, keepdim=True) / f_x.shape[-1] ** 0.5
+    energy = seen @ f_y.square().sum(-1, keepdim=True)
+    spread = (seen @ f_y).norm(dim=-1, keepdim=True).maximum(energy.sqrt())
+    floor = f_x.norm(dim=-1, keepdim=True) * spread / f_x.shape[-1] ** 0.5
     kernel = kernel * seen
     return kernel @ v / kernel.sum(-1, keepdim=True).maximum(floor)
 
@@ -77,6 +79,15 @@ def test_rows_add_up_to_one_except_where_held_and_are_finite_in_float32(scale, c
     assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
 
 
+@pytest.mark.parametrize("num_planes", [1, 3])
+def test_opposite_pairs_are_exact_in_float32_too(num_planes):
+    """Written with products of signs, the trigonometric part cancels to its round-off: e^24 times a kernel of e^-24."""
+    k = gaussian(5, logit_scale=3.0, head_dim=64)[1].float()
+    kernel = operator(num_planes=num_planes, head_dim=64).float().kernel(-k, k).diagonal(dim1=-2, dim2=-1)
+    assert kernel.max() < 1e-6
+    torch.testing.assert_close(kernel, (-k.square().sum(-1) / 8).exp(), rtol=1e-4, atol=0)
+
+
 def test_a_huge_future_key_does_not_reach_back():
     """A scale common to all keys lets the future in through underflow."""
     q, k, v = (x.float() for x in gaussian(70))
@@ -88,12 +99,12 @@ def test_a_huge_future_key_does_not_reach_back():
         torch.testing.assert_close(after[:, :, : t + 1], before[:, :, : t + 1], atol=1e-5, rtol=1e-5)
 
 
-def test_state_is_three_coordinates_a_frequency_for_every_plane_and_one_more():
+def test_state_is_six_coordinates_a_frequency_and_plane_by_the_values_and_one():
     op = operator(num_features=5, num_planes=3)
     q, k, v = gaussian(40, value_dim=5)
     state = op.init_state(2, 2, 8, 5, q)
-    assert state.moment[0, 0].numel() == 3 * 5 * (1 + 3) * (5 + 1)
-    assert state.top[0, 0].numel() == 1
+    assert state.moment[0, 0].numel() == 6 * 5 * 3 * (5 + 1)
+    assert state.energy[0, 0].numel() == state.top[0, 0].numel() == 1
     state, _ = op.step(state, q, k, v)
     f_y, log_scale = op._features(q, k)[1]
     sums = (f_y * log_scale.exp()[..., None]).sum(2)

@@ -13,8 +13,8 @@ from attnlens.testing.inputs import gaussian
 MASK = torch.arange(70) < torch.tensor([70, 31])[:, None]
 
 
-def operator(num_features=16, seed=0, head_dim=8, num_heads=2, **options):
-    return Maclaurin(num_features, head_dim, num_heads, seed, **options).double()
+def operator(num_features=16, seed=0, head_dim=8, num_heads=2, exact_linear=False, **options):
+    return Maclaurin(num_features, head_dim, num_heads, seed, exact_linear=exact_linear, **options).double()
 
 
 def naive(op, q, k, v, *, causal, mask):
@@ -25,7 +25,9 @@ def naive(op, q, k, v, *, causal, mask):
     seen = seen.tril() if causal else seen
     kernel = torch.where(seen > 0, kernel, 0)
     total = seen @ (f_y if mask is None else torch.where(mask[:, None, :, None], f_y, 0))
-    floor = f_x[..., exact:].norm(dim=-1, keepdim=True) * total[..., exact:].norm(dim=-1, keepdim=True) / 4
+    energy = (seen * f_y[..., exact:].square().sum(-1)[:, :, None]).sum(-1, keepdim=True)
+    spread = total[..., exact:].norm(dim=-1, keepdim=True).maximum(energy.sqrt())
+    floor = f_x[..., exact:].norm(dim=-1, keepdim=True) * spread / 4
     return kernel @ v / kernel.sum(-1, keepdim=True).maximum(floor)
 
 
@@ -92,7 +94,7 @@ def test_state_is_the_features_by_the_values_and_one():
         op = operator(num_features=24, exact_linear=exact)
         state = op.init_state(2, 2, 8, 5, q)
         assert state.moment[0, 0].numel() == (24 + 9 * exact) * (5 + 1)
-        assert state.top[0, 0].numel() == 1
+        assert state.energy[0, 0].numel() == state.top[0, 0].numel() == 1
         state, _ = op.step(state, q, k, v)
         sums = op.features(k).sum(2)
         torch.testing.assert_close(state.moment[..., -1] * state.top.exp()[..., None], sums, atol=1e-9, rtol=1e-9)

@@ -26,7 +26,8 @@ def naive(op, q, k, v, *, causal, mask):
     seen = torch.ones_like(kernel) if mask is None else mask[:, None, None].expand(kernel.shape).to(v)
     seen = seen.tril() if causal else seen
     phi = torch.cat([y.sin(), y.cos()], 2).mT * m**-0.5
-    floor = (seen @ phi).norm(dim=-1, keepdim=True) / (2 * m) ** 0.5
+    spread = (seen @ phi).norm(dim=-1, keepdim=True).maximum(seen.sum(-1, keepdim=True).sqrt())
+    floor = spread / (2 * m) ** 0.5
     kernel = kernel * seen
     return kernel @ v / kernel.sum(-1, keepdim=True).maximum(floor)
 
@@ -113,9 +114,10 @@ def test_state_is_two_coordinates_a_frequency_by_the_values_and_one():
     op = operator(num_features=24)
     q, k, v = gaussian(40, value_dim=5)
     state = op.init_state(2, 2, 8, 5, q)
-    assert sum(x[0, 0].numel() for x in state) == 2 * 24 * (5 + 1)
+    assert sum(x[0, 0].numel() for x in state) == 2 * 24 * (5 + 1) + 1
     state, _ = op.step(state, q, k, v)
     torch.testing.assert_close(state.moment[..., -1], op.features(k).sum(2), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(state.energy, torch.full_like(state.energy, 40))
 
 
 @pytest.mark.parametrize("causal", [False, True])

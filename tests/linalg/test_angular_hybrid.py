@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attnlens.linalg.angular_hybrid import angle_share, hybrid_features, hybrid_variance, plane_signs
+from attnlens.linalg.angular_hybrid import angle_share, hybrid_features, hybrid_variance, plane_sides
 
 DRAWS = 200000
 
@@ -70,13 +70,13 @@ def test_equal_and_opposite_pairs_are_exact(sign):
     assert hybrid_variance(x, sign * x, 1, 2).abs() < 1e-12
 
 
-def test_the_mean_of_signs_is_the_angle():
+def test_the_share_of_separating_planes_is_the_angle_on_average():
     for angle in (0.2, 1.0, 2.5):
         x, y = pair(angle)
         share = angle_share(x, y)
         assert share.item() == pytest.approx(angle / math.pi, rel=1e-12)
-        psi = [plane_signs(z[None], draws(1, DRAWS)[1][0, 0])[0] for z in (x, y)]
-        found = 0.5 - (psi[0] * psi[1]).sum().item() / 2
+        sides = [plane_sides(z[None], draws(1, DRAWS)[1][0, 0])[0] for z in (x, y)]
+        found = 1 - (sides[0] * sides[1]).sum().item()
         assert abs(found - angle / math.pi) < 4 * (share * (1 - share) / DRAWS).sqrt().item()
     assert angle_share(*pair(1e-9)).item() == pytest.approx(1e-9 / math.pi, rel=1e-6)
 

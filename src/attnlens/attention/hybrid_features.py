@@ -5,12 +5,12 @@
 
 SM_+ and SM_trig the positive and the trigonometric estimate of exp(<x, y>) from the same m frequencies, k planes u_r.
 SM_+ is exact at y = -x and SM_trig at y = x: the weights give each pair the better one. All is an inner product of
-3 m (1 + k) features, see attnlens.linalg.angular_hybrid, and sums over j come first: time O(n m (d + k dv)), memory
-O(n m k), a causal state of 3 m (1 + k)(dv + 1) + 1 numbers. Softmax attention, reached for no finite m.
+6 m k features, see attnlens.linalg.angular_hybrid, and sums over j come first: time O(n m (d + k dv)), memory O(n m k),
+a causal state of 6 m k (dv + 1) + 2 numbers. Softmax attention, reached for no finite m.
 
 Unbiased, with a variance in closed form that is, at k = 1, lambda times that of SM_+ and 1 - lambda times that of
 SM_trig: the error falls like m^{-1/2} for every k. The largest relative variance over all angles is smaller than that
-of either, but 3 (1 + k) coordinates a frequency are paid for it, where positive features have one.
+of either, but 6 k coordinates a frequency are paid for it, where positive features have one.
 
 Estimates are signed. A row sum is held above the noise g_i of attnlens.linalg.signed_features, where its row adds up to
 less than one; `held` tells which rows are. e^{|y|^2/2} leaves the range of float32 at |y| = 13: every key carries the
@@ -41,7 +41,7 @@ class HybridFeatures(AbstractRecurrentAttention):
 
     Args:
         num_features: frequencies m, at least 1, each with three coordinates: one positive, a sine and a cosine.
-        num_planes: planes k of the angle, at least 1; the coordinates are 3 m (1 + k).
+        num_planes: planes k of the angle, at least 1; the coordinates are 6 m k.
         head_dim: of queries and keys.
         num_heads: every head has its own draw.
         seed: of the draws.
@@ -114,7 +114,7 @@ class HybridFeatures(AbstractRecurrentAttention):
 
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> LeveledState:
         """Empty sums."""
-        num_coordinates = 3 * self.projections.shape[1] * (1 + self.planes.shape[1])
+        num_coordinates = 6 * self.projections.shape[1] * self.planes.shape[1]
         return empty_leveled(batch, num_heads, num_coordinates, value_dim, like)
 
     def step(

@@ -4,7 +4,7 @@
     phi_f(x) = (m P(N_f) N_f!)^{-1/2} prod_{t <= N_f} <r_ft, x>,   r_ft in {-1, 1}^d,   N_f ~ P,   j <= i if causal.
 
 E <phi(x), phi(y)> = sum_N <x, y>^N/N!, up to the degree `max_degree`: softmax attention, reached for no finite m. Sums
-over j come first: time O(n m (E N d + dv)), memory O(n m (1 + E N)), a causal state of m (dv + 1) + 1 numbers. The
+over j come first: time O(n m (E N d + dv)), memory O(n m (1 + E N)), a causal state of m (dv + 1) + 2 numbers. The
 error falls like m^{-1/2}, from a variance of about e^{2 |x| |y|}/m with `radius` near the lengths of x and y, and of
 e^{2.83 |x| |y|}/m with geometric degrees: see attnlens.linalg.maclaurin_features.
 
@@ -15,8 +15,9 @@ are.
 
 Sources: "Random Feature Maps for Dot Product Kernels" (Kar, Karnick, 2012), whose H0/1 are the exact low degrees;
 "Macformer: Transformer with Random Maclaurin Feature Attention" (Guo, Ding, Yuan, Wang, 2024),
-https://arxiv.org/abs/2408.11656. Departures: systematic in place of independent degrees; the Poisson measure; no
-scaling of queries and keys by statistics of the batch (its ppSBN), which mixes examples; the floor.
+https://arxiv.org/abs/2408.11656. Departures: systematic in place of independent degrees; exact low degrees unless
+turned off; the Poisson measure; the floor; no scaling of queries and keys by statistics of the batch (its ppSBN), which
+mixes examples.
 """
 
 import torch
@@ -52,7 +53,7 @@ class Maclaurin(AbstractRecurrentAttention):
         seed: of the draws.
         radius: None for geometric degrees, P(N) = 2^{-(N+1)}; else positive, the length d^{-1/4} |q| of queries and
             keys for which degrees are best, Poisson of mean radius^2.
-        exact_linear: whether degrees 0 and 1 are computed exactly, by d + 1 more coordinates.
+        exact_linear: whether degrees 0 and 1 are computed exactly, by d + 1 more coordinates; the paper draws them.
         max_degree: the largest degree, at least 1 (2 with `exact_linear`), at most 32.
     """
 
@@ -68,7 +69,7 @@ class Maclaurin(AbstractRecurrentAttention):
         num_heads: int,
         seed: int,
         radius: float | None = None,
-        exact_linear: bool = False,
+        exact_linear: bool = True,
         max_degree: int = 24,
     ) -> None:
         super().__init__()

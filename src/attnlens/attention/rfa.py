@@ -5,9 +5,9 @@
 
 E <phi(x), phi(y)> = exp(-|x - y|^2/(2 sigma^2)) = e^{-1/sigma^2} exp(<x, y>/sigma^2) for unit vectors, so that the
 target is softmax attention of x and y at the temperature sigma^2, `normalized_softmax`; reached for no finite m. Sums
-over j come first: time O(n m (d + dv)), memory O(n m), a causal state of 2m (dv + 1) numbers. Lengths of q and k have
-no effect: logits lie in [-1, 1]/sigma^2, and two weights of the target differ by a factor of e^{2/sigma^2} at most. A
-zero vector stays zero, at distance 1 to all, where a logit of zero would be a distance of sqrt(2).
+over j come first: time O(n m (d + dv)), memory O(n m), a causal state of 2m (dv + 1) + 1 numbers. Lengths of q and k
+have no effect: logits lie in [-1, 1]/sigma^2, and two weights of the target differ by a factor of e^{2/sigma^2} at
+most. A zero vector stays zero, at distance 1 to all, where a logit of zero would be a distance of sqrt(2).
 
 The kernel estimate is unbiased with variance (1 - e^{-|x - y|^2/sigma^2})^2/(2 m), at most 1/(2 m), against kernel
 values down to e^{-2/sigma^2}: the error falls like m^{-1/2}. Estimates are signed. A row sum is held above the noise
@@ -20,8 +20,6 @@ channel, as in the paper, |x/sigma| is not constant and the kernel no longer tha
 or normalizers; orthogonal draws.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -29,19 +27,23 @@ from torch import Tensor, nn
 from attnlens.attention.base import AbstractRecurrentAttention
 from attnlens.linalg.dense import softmax_naive
 from attnlens.linalg.random_features import gaussian_projections
-from attnlens.linalg.signed_features import causal_sums, held_ratio, held_rows, noise_floor, signed_attention
+from attnlens.linalg.signed_features import (
+    SignedState,
+    Sums,
+    all_sums,
+    causal_sums,
+    empty_signed,
+    held_ratio,
+    held_rows,
+    noise_floor,
+    signed_attention,
+)
 from attnlens.linalg.trigonometric_features import (
     feature_covariance,
     gaussian_values,
     trigonometric_features,
     unit_length,
 )
-
-
-class RfaState(NamedTuple):
-    """sum_j phi(y_j) [v_j, 1]^T over the keys so far."""
-
-    moment: Float[Tensor, "b h m dv1"]
 
 
 def normalized_softmax(
@@ -173,7 +175,11 @@ class Rfa(AbstractRecurrentAttention):
         visible = visible.tril() if causal else visible
         x, y, sigma = unit_length(q.double()), unit_length(k), self._sigma(v)[:, None, None]
         covariance = feature_covariance(x, y, sigma) / self.projections.shape[1]
-        floor = noise_floor(self.features(q.double()), visible.double() @ self.features(k))
+        f_y = self.features(k)
+        sums = Sums(
+            v.new_zeros(*q.shape[:3], 1), visible.double() @ f_y, (visible * f_y.square().sum(-1)[:, :, None]).sum(-1)
+        )
+        floor = noise_floor(self.features(q.double()), sums)
         return chebyshev_bound(covariance, gaussian_values(x, y, sigma), visible, v, out, floor)
 
     def held(
@@ -185,7 +191,8 @@ class Rfa(AbstractRecurrentAttention):
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Bool[Tensor, "b h n"]:
         """Which rows have a sum below its noise: these do not add up to one."""
-        return held_rows(self.features(q), self.features(k, key_padding_mask), causal=causal)
+        f_x, f_y = self.features(q), self.features(k, key_padding_mask)
+        return held_rows(f_x, causal_sums(f_x, f_y, f_y[..., :1])[1] if causal else all_sums(f_x, f_y, f_y[..., :1]))
 
     def attend(
         self,
@@ -198,11 +205,9 @@ class Rfa(AbstractRecurrentAttention):
     ) -> Float[Tensor, "b h n dv"]:
         return signed_attention(self.features(q), self.features(k, key_padding_mask), v, causal=causal)
 
-    def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> RfaState:
+    def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> SignedState:
         """Empty sums."""
-        shape = (batch, num_heads, 2 * self.projections.shape[1], value_dim + 1)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        return RfaState(torch.zeros(shape, dtype=dtype, device=like.device))
+        return empty_signed(batch, num_heads, 2 * self.projections.shape[1], value_dim, like)
 
     def step(
         self,
@@ -210,13 +215,14 @@ class Rfa(AbstractRecurrentAttention):
         q: Float[Tensor, "b h n d"],
         k: Float[Tensor, "b h n d"],
         v: Float[Tensor, "b h n dv"],
-    ) -> tuple[RfaState, Float[Tensor, "b h n dv"]]:
+    ) -> tuple[SignedState, Float[Tensor, "b h n dv"]]:
         """Continue by n tokens; time O(n m (d + dv)), whatever came before."""
-        past = RfaState(*state).moment
-        f_x, f_y = (self.features(each.to(past.dtype)) for each in (q, k))
-        moment, sums, total = causal_sums(f_x, f_y, v.to(past.dtype), past=past, final_state=True)
-        assert moment is not None
-        return RfaState(moment), held_ratio(f_x, sums, total).to(q.dtype)
+        past = SignedState(*state)
+        dtype = past.moment.dtype
+        f_x, f_y = (self.features(each.to(dtype)) for each in (q, k))
+        after, sums = causal_sums(f_x, f_y, v.to(dtype), past=past, final_state=True)
+        assert after is not None
+        return after, held_ratio(f_x, sums).to(q.dtype)
 
     def features(
         self, x: Float[Tensor, "b h n d"], key_padding_mask: Bool[Tensor, "b n"] | None = None

@@ -5,8 +5,10 @@
     estimate = L SM_+ + (1 - L) SM_trig,
 
 theta the angle of x and y, m frequencies w_f shared by both, k planes u_r. SM_+ is exact at x = -y, SM_trig at x = y,
-and the weights follow. Every term is an inner product of features, tensor products of psi(x) = k^{-1/2} sgn(U x) with
-those of SM: in all 3 m (1 + k) coordinates.
+and the weights follow. L is the share of planes that separate x from y, so that the estimate is an inner product of
+6 m k features: those of SM_trig count for the planes that have x and y on one side, those of SM_+ for the others.
+Written with products of signs, 1/2 - <psi(x), psi(y)>/2, it would take 3 m (1 + k) and cancel where L is 0 or 1: in
+float32 nothing would be left of SM_+ beside an e^16 times larger SM_trig.
 
 Both are unbiased given L, so the estimate is unbiased whatever L, and its variance has no term from the mean: with
 s = |x + y|^2, z = |x - y|^2 and SM = e^{<x, y>},
@@ -39,10 +41,10 @@ class LeveledFeatures(NamedTuple):
     log_scale: Float[Tensor, "b h n"]
 
 
-def plane_signs(x: Float[Tensor, "*batch n d"], planes: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch n k"]:
-    """psi(x); without gradient."""
-    signs = torch.where(x.detach() @ planes.mT >= 0, 1, -1).to(x.dtype)
-    return signs * planes.shape[-2] ** -0.5
+def plane_sides(x: Float[Tensor, "*batch n d"], planes: Float[Tensor, "*batch k d"]) -> Float[Tensor, "*batch n k 2"]:
+    """k^{-1/2} at the side of each plane on which x is, zero at the other; without gradient."""
+    positive = (x.detach() @ planes.mT >= 0).to(x.dtype)
+    return torch.stack([positive, 1 - positive], -1) * planes.shape[-2] ** -0.5
 
 
 def hybrid_features(
@@ -52,17 +54,18 @@ def hybrid_features(
     *,
     keys: bool,
 ) -> LeveledFeatures:
-    """Coordinates without angle, [SM_+, SM_trig], then those of [SM_+, SM_trig] for each plane; the sign with which the
-    angle weighs SM_+ is in the features of the queries."""
+    """The positive features, for every plane at the own side (keys) or the other one (queries), and the trigonometric
+    ones at the own side."""
     angle, half = x @ projections.mT, x.square().sum(-1, keepdim=True) / 2
     log_positive = angle - half
     log_scale = log_positive.detach().amax(-1, keepdim=True).maximum(half.detach())
-    positive, size = (log_positive - log_scale).exp(), (half - log_scale).exp()
-    base = torch.cat([positive, size * angle.sin(), size * angle.cos()], -1) * (2 * projections.shape[-2]) ** -0.5
-    psi = plane_signs(x, planes)
-    turned = base if keys else torch.cat([-base[..., : positive.shape[-1]], base[..., positive.shape[-1] :]], -1)
-    mixed = (psi[..., :, None] * turned[..., None, :]).flatten(-2)
-    return LeveledFeatures(torch.cat([base, mixed], -1), log_scale.squeeze(-1))
+    positive = (log_positive - log_scale).exp()
+    trigonometric = torch.cat([angle.sin(), angle.cos()], -1) * (half - log_scale).exp()
+    own = plane_sides(x, planes)
+    met = own if keys else own.flip(-1)
+    parts = [side.flatten(-2)[..., None] * f[..., None, :] for side, f in ((met, positive), (own, trigonometric))]
+    values = torch.cat([part.flatten(-2) for part in parts], -1) * projections.shape[-2] ** -0.5
+    return LeveledFeatures(values, log_scale.squeeze(-1))
 
 
 def angle_share(x: Float[Tensor, "*batch d"], y: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:

@@ -16,21 +16,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnlens.linalg.decay import bounded_decay
-from attnlens.linalg.signed_features import all_sums, causal_sums, held_ratio
+from attnlens.linalg.signed_features import (
+    SignedState,
+    Sums,
+    all_sums,
+    causal_sums,
+    empty_signed,
+    held_ratio,
+    held_rows,
+)
 
 
 class LeveledState(NamedTuple):
-    """sum_j e^{c_j - top} f(y_j) [v_j, 1]^T over the keys so far, and top."""
+    """sum_j e^{c_j - top} f(y_j) [v_j, 1]^T and sum_j e^{2 (c_j - top)} |f(y_j)|^2 over the keys so far, and top."""
 
     moment: Float[Tensor, "b h r dv1"]
+    energy: Float[Tensor, "b h"]
     top: Float[Tensor, "b h"]
 
 
 def empty_leveled(batch: int, num_heads: int, num_features: int, value_dim: int, like: Tensor) -> LeveledState:
     """The sums over no key, on the device of `like` and in at least float32."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    moment = torch.zeros(batch, num_heads, num_features, value_dim + 1, dtype=dtype, device=like.device)
-    return LeveledState(moment, torch.full_like(moment[..., 0, 0], torch.finfo(dtype).min / 4))
+    empty = empty_signed(batch, num_heads, num_features, value_dim, like)
+    return LeveledState(*empty, torch.full_like(empty.energy, torch.finfo(empty.energy.dtype).min / 4))
 
 
 def leveled(f: Float[Tensor, "b h n r"]) -> tuple[Float[Tensor, "b h n r"], Float[Tensor, "b h n"]]:
@@ -62,6 +70,23 @@ def common_level(
     return f_y * (log_scale - log_scale.amax(-1, keepdim=True)).exp()[..., None]
 
 
+def leveled_sums(
+    f_x: Float[Tensor, "b h n r"],
+    f_y: Float[Tensor, "b h m r"],
+    log_scale: Float[Tensor, "b h m"],
+    v: Float[Tensor, "b h m dv"],
+    *,
+    causal: bool,
+    key_padding_mask: Bool[Tensor, "b m"] | None,
+    exact: int = 0,
+) -> Sums:
+    """The sums of the keys' features e^{log_scale} f_y, each row in units of its own."""
+    if not causal:
+        return all_sums(f_x, common_level(f_y, log_scale, key_padding_mask), v, exact)
+    f_y, decay, _ = running_levels(f_y, log_scale, key_padding_mask)
+    return causal_sums(f_x, f_y, v, log_decay=decay, exact=exact)[1]
+
+
 def leveled_attention(
     f_x: Float[Tensor, "b h n r"],
     f_y: Float[Tensor, "b h m r"],
@@ -73,12 +98,8 @@ def leveled_attention(
     exact: int = 0,
 ) -> Float[Tensor, "b h n dv"]:
     """`signed_attention` of the keys' features e^{log_scale} f_y."""
-    if causal:
-        f_y, decay, _ = running_levels(f_y, log_scale, key_padding_mask)
-        sums, total = causal_sums(f_x, f_y, v, log_decay=decay)[1:]
-    else:
-        sums, total = all_sums(f_x, common_level(f_y, log_scale, key_padding_mask), v)
-    return held_ratio(f_x, sums, total, exact)
+    masks = {"causal": causal, "key_padding_mask": key_padding_mask}
+    return held_ratio(f_x, leveled_sums(f_x, f_y, log_scale, v, **masks, exact=exact), exact)
 
 
 def leveled_step(
@@ -91,9 +112,10 @@ def leveled_step(
 ) -> tuple[LeveledState, Float[Tensor, "b h n dv"]]:
     """Continue by n tokens."""
     f_y, decay, top = running_levels(f_y, log_scale, None, past.top)
-    moment, sums, total = causal_sums(f_x, f_y, v, log_decay=decay, past=past.moment, final_state=True)
-    assert moment is not None
-    return LeveledState(moment, top), held_ratio(f_x, sums, total, exact)
+    before = SignedState(past.moment, past.energy)
+    after, sums = causal_sums(f_x, f_y, v, log_decay=decay, past=before, final_state=True, exact=exact)
+    assert after is not None
+    return LeveledState(*after, top), held_ratio(f_x, sums, exact)
 
 
 def held_leveled(
@@ -106,11 +128,8 @@ def held_leveled(
     exact: int = 0,
 ) -> Bool[Tensor, "b h n"]:
     """Which rows are divided by their noise in place of their sum: those that do not add up to one."""
-    ones = torch.ones_like(f_y[..., :1])
     masks = {"causal": causal, "key_padding_mask": key_padding_mask}
-    # A row of ones is the sum over the divisor, equal to one to round-off unless held.
-    rows = leveled_attention(f_x, f_y, log_scale, ones, **masks, exact=exact)[..., 0]
-    return rows < 1 - 64 * torch.finfo(f_x.dtype).eps
+    return held_rows(f_x, leveled_sums(f_x, f_y, log_scale, f_y[..., :1], **masks, exact=exact), exact)
 
 
 def _real(f_y: Tensor, log_scale: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
