@@ -1,20 +1,21 @@
 """Hybrid random features: softmax attention with the kernel estimated from positive and trigonometric features at once.
 
-    out_i = sum_j K_ij v_j / max(g_i, sum_j K_ij),   K = L SM_+ + (1 - L) SM_trig,   x = d^{-1/4} q,   y = d^{-1/4} k,
+    out_i = sum_j K_ij v_j / sum_j K_ij,   K = L SM_+ + (1 - L) SM_trig,   x = d^{-1/4} q,   y = d^{-1/4} k,
     L_ij = 1/2 - (1/2k) sum_r sgn <u_r, x_i> sgn <u_r, y_j>,   E L = angle(x_i, y_j)/pi,   j <= i if causal,
 
 SM_+ and SM_trig the positive and the trigonometric estimate of exp(<x, y>) from the same m frequencies, k planes u_r.
 SM_+ is exact at y = -x and SM_trig at y = x: the weights give each pair the better one. All is an inner product of
 6 m k features, see attnlens.linalg.angular_hybrid, and sums over j come first: time O(n m (d + k dv)), memory O(n m k),
-a causal state of 6 m k (dv + 1) + 2 numbers. Softmax attention, reached for no finite m.
+a causal state of (6 m k + 1)(dv + 1) + 2 numbers. Softmax attention, reached for no finite m.
 
 Unbiased, with a variance in closed form that is, at k = 1, lambda times that of SM_+ and 1 - lambda times that of
 SM_trig: the error falls like m^{-1/2} for every k. The largest relative variance over all angles is smaller than that
 of either, but 6 k coordinates a frequency are paid for it, where positive features have one.
 
-Estimates are signed. A row sum is held above the noise g_i of attnlens.linalg.signed_features, where its row adds up to
-less than one; `held` tells which rows are. e^{|y|^2/2} leaves the range of float32 at |y| = 13: every key carries the
-logarithm of its scale. L has no gradient: that of the estimate lacks what comes through the angle.
+Estimates are signed. Where a row sum is below its noise the row is drawn to the mean of the values, see
+attnlens.linalg.signed_features; `held` tells which rows are. Every row adds up to one. e^{|y|^2/2} leaves the range of
+float32 at |y| = 13: every key carries the logarithm of its scale. L has no gradient: that of the estimate lacks what
+comes through the angle.
 
 Source: "Hybrid Random Features" (Choromanski et al., 2022), https://arxiv.org/abs/2110.04367, its angular hybrid.
 Departures: the same frequencies for both estimates, whose covariance is negative; the floor; scales of keys.
@@ -96,7 +97,7 @@ class HybridFeatures(AbstractRecurrentAttention):
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Bool[Tensor, "b h n"]:
-        """Which rows have a sum below its noise: these do not add up to one."""
+        """Which rows have a sum below its noise, and are drawn to the mean of the values."""
         f_x, f_y = self._features(q, k)
         return held_leveled(f_x.values, *f_y, causal=causal, key_padding_mask=key_padding_mask)
 

@@ -1,17 +1,17 @@
 """Random Maclaurin attention: the exponential kernel from products of random signs, degree by degree.
 
-    out_i = sum_j <phi(x_i), phi(y_j)> v_j / max(g_i, sum_j <phi(x_i), phi(y_j)>),   x = d^{-1/4} q,   y = d^{-1/4} k,
+    out_i = sum_j <phi(x_i), phi(y_j)> v_j / sum_j <phi(x_i), phi(y_j)>,   x = d^{-1/4} q,   y = d^{-1/4} k,
     phi_f(x) = (m P(N_f) N_f!)^{-1/2} prod_{t <= N_f} <r_ft, x>,   r_ft in {-1, 1}^d,   N_f ~ P,   j <= i if causal.
 
 E <phi(x), phi(y)> = sum_N <x, y>^N/N!, up to the degree `max_degree`: softmax attention, reached for no finite m. Sums
-over j come first: time O(n m (E N d + dv)), memory O(n m (1 + E N)), a causal state of m (dv + 1) + 2 numbers. The
+over j come first: time O(n m (E N d + dv)), memory O(n m (1 + E N)), a causal state of (m + 1)(dv + 1) + 2 numbers. The
 error falls like m^{-1/2}, from a variance of about e^{2 |x| |y|}/m with `radius` near the lengths of x and y, and of
 e^{2.83 |x| |y|}/m with geometric degrees: see attnlens.linalg.maclaurin_features.
 
 `exact_linear` computes degrees 0 and 1 exactly, by d + 1 more coordinates (1, x), and draws degrees from 2 on: at small
-logits, where these two are nearly all of the kernel, little noise is left. Estimates are signed. A row sum is held
-above the noise g_i of attnlens.linalg.signed_features, where its row adds up to less than one; `held` tells which rows
-are.
+logits, where these two are nearly all of the kernel, little noise is left. Estimates are signed. Where a row sum is
+below its noise the row is drawn to the mean of the values, see attnlens.linalg.signed_features; `held` tells which rows
+are. Every row adds up to one.
 
 Sources: "Random Feature Maps for Dot Product Kernels" (Kar, Karnick, 2012), whose H0/1 are the exact low degrees;
 "Macformer: Transformer with Random Maclaurin Feature Attention" (Guo, Ding, Yuan, Wang, 2024),
@@ -106,7 +106,7 @@ class Maclaurin(AbstractRecurrentAttention):
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Bool[Tensor, "b h n"]:
-        """Which rows have a sum below its noise: these do not add up to one."""
+        """Which rows have a sum below its noise, and are drawn to the mean of the values."""
         f_x, (f_y, log_scale) = leveled(self.features(q))[0], leveled(self.features(k))
         masks = {"causal": causal, "key_padding_mask": key_padding_mask}
         return held_leveled(f_x, f_y, log_scale, **masks, exact=self._exact())

@@ -1,17 +1,18 @@
 """Random feature attention: softmax attention of unit queries and keys, from trigonometric random features.
 
-    out_i = sum_j <phi(x_i), phi(y_j)> v_j / max(g_i, sum_j <phi(x_i), phi(y_j)>),   x = q/|q|,   y = k/|k|,
+    out_i = sum_j <phi(x_i), phi(y_j)> v_j / sum_j <phi(x_i), phi(y_j)>,   x = q/|q|,   y = k/|k|,
     phi(x) = m^{-1/2} (sin <w_f, x>, cos <w_f, x>)_f,   w_f ~ N(0, I/sigma^2),   j <= i if causal.
 
 E <phi(x), phi(y)> = exp(-|x - y|^2/(2 sigma^2)) = e^{-1/sigma^2} exp(<x, y>/sigma^2) for unit vectors, so that the
 target is softmax attention of x and y at the temperature sigma^2, `normalized_softmax`; reached for no finite m. Sums
-over j come first: time O(n m (d + dv)), memory O(n m), a causal state of 2m (dv + 1) + 1 numbers. Lengths of q and k
-have no effect: logits lie in [-1, 1]/sigma^2, and two weights of the target differ by a factor of e^{2/sigma^2} at
+over j come first: time O(n m (d + dv)), memory O(n m), a causal state of (2m + 1)(dv + 1) + 1 numbers. Lengths of q and
+k have no effect: logits lie in [-1, 1]/sigma^2, and two weights of the target differ by a factor of e^{2/sigma^2} at
 most. A zero vector stays zero, at distance 1 to all, where a logit of zero would be a distance of sqrt(2).
 
 The kernel estimate is unbiased with variance (1 - e^{-|x - y|^2/sigma^2})^2/(2 m), at most 1/(2 m), against kernel
-values down to e^{-2/sigma^2}: the error falls like m^{-1/2}. Estimates are signed. A row sum is held above the noise
-g_i of attnlens.linalg.signed_features, where its row adds up to less than one; `held` tells which rows are.
+values down to e^{-2/sigma^2}: the error falls like m^{-1/2}. Estimates are signed. Where a row sum is below its noise
+the row is drawn to the mean of the values, see attnlens.linalg.signed_features; `held` tells which rows are. Every row
+adds up to one.
 
 Source: "Random Feature Attention" (Peng, Pappas, Yogatama, Schwartz, Smith, Kong, 2021),
 https://arxiv.org/abs/2103.02143. Departures: no gate, which the paper computes from the layer's input, not from q, k
@@ -25,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlens.attention.base import AbstractRecurrentAttention
-from attnlens.linalg.dense import softmax_naive
+from attnlens.linalg.dense import mean_values, softmax_naive
 from attnlens.linalg.random_features import gaussian_projections
 from attnlens.linalg.signed_features import (
     SignedState,
@@ -66,13 +67,14 @@ def chebyshev_bound(
     visible: Bool[Tensor, "b #h n m"],
     v: Float[Tensor, "b h m dv"],
     out: Float[Tensor, "b h n dv"],
+    mean: Float[Tensor, "b h #n dv"],
     floor: Float[Tensor, "b h n"],
 ) -> Float[Tensor, "b h n"]:
     """A bound on the error of every row that fails with probability 0.1 at most.
 
     Numerator less out_i times the mass has mean zero and second moment sum_jl Cov_jl <v_j - out_i, v_l - out_i>, the
     mass sum_jl Cov_jl: Chebyshev's inequality at 0.05 for each. What the floor adds to the mass is at most the floor
-    less the smallest mass, and counts times |out_i|.
+    less the smallest mass, and counts times |out_i - a_i|, a_i the mean of the values.
     """
     covariance = covariance * (visible[..., :, None] & visible[..., None, :])
     centered = v[:, :, None] - out[..., None, :]
@@ -80,7 +82,7 @@ def chebyshev_bound(
     of_sum, of_mass = ((20 * part.clamp_min(0)).sqrt() for part in (of_sum, covariance.sum((-2, -1))))
     least = (kernel * visible).sum(-1) - of_mass
     divisor = least.maximum(floor)
-    raised = out.norm(dim=-1) * (floor - least).clamp_min(0)
+    raised = (out - mean).norm(dim=-1) * (floor - least).clamp_min(0)
     return (of_sum + raised) / torch.where(divisor > 0, divisor, 1)
 
 
@@ -175,12 +177,11 @@ class Rfa(AbstractRecurrentAttention):
         visible = visible.tril() if causal else visible
         x, y, sigma = unit_length(q.double()), unit_length(k), self._sigma(v)[:, None, None]
         covariance = feature_covariance(x, y, sigma) / self.projections.shape[1]
-        f_y = self.features(k)
-        sums = Sums(
-            v.new_zeros(*q.shape[:3], 1), visible.double() @ f_y, (visible * f_y.square().sum(-1)[:, :, None]).sum(-1)
-        )
+        f_y, mean = self.features(k), mean_values(v, causal=causal, key_padding_mask=real)
+        energy = (visible * f_y.square().sum(-1)[:, :, None]).sum(-1)
+        sums = Sums(v.new_zeros(*q.shape[:3], v.shape[-1] + 1), visible.double() @ f_y, energy, mean)
         floor = noise_floor(self.features(q.double()), sums)
-        return chebyshev_bound(covariance, gaussian_values(x, y, sigma), visible, v, out, floor)
+        return chebyshev_bound(covariance, gaussian_values(x, y, sigma), visible, v, out, mean, floor)
 
     def held(
         self,
@@ -190,7 +191,7 @@ class Rfa(AbstractRecurrentAttention):
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Bool[Tensor, "b h n"]:
-        """Which rows have a sum below its noise: these do not add up to one."""
+        """Which rows have a sum below its noise, and are drawn to the mean of the values."""
         f_x, f_y = self.features(q), self.features(k, key_padding_mask)
         return held_rows(f_x, causal_sums(f_x, f_y, f_y[..., :1])[1] if causal else all_sums(f_x, f_y, f_y[..., :1]))
 
@@ -203,7 +204,8 @@ class Rfa(AbstractRecurrentAttention):
         causal: bool,
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
-        return signed_attention(self.features(q), self.features(k, key_padding_mask), v, causal=causal)
+        f_x, f_y = self.features(q), self.features(k, key_padding_mask)
+        return signed_attention(f_x, f_y, v, causal=causal, key_padding_mask=key_padding_mask)
 
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> SignedState:
         """Empty sums."""

@@ -28,10 +28,12 @@ from attnlens.linalg.signed_features import (
 
 
 class LeveledState(NamedTuple):
-    """sum_j e^{c_j - top} f(y_j) [v_j, 1]^T and sum_j e^{2 (c_j - top)} |f(y_j)|^2 over the keys so far, and top."""
+    """sum_j e^{c_j - top} f(y_j) [v_j, 1]^T, sum_j e^{2 (c_j - top)} |f(y_j)|^2, sum_j [v_j, 1] over the keys so far,
+    and top."""
 
     moment: Float[Tensor, "b h r dv1"]
     energy: Float[Tensor, "b h"]
+    values: Float[Tensor, "b h dv1"]
     top: Float[Tensor, "b h"]
 
 
@@ -82,9 +84,9 @@ def leveled_sums(
 ) -> Sums:
     """The sums of the keys' features e^{log_scale} f_y, each row in units of its own."""
     if not causal:
-        return all_sums(f_x, common_level(f_y, log_scale, key_padding_mask), v, exact)
+        return all_sums(f_x, common_level(f_y, log_scale, key_padding_mask), v, key_padding_mask, exact)
     f_y, decay, _ = running_levels(f_y, log_scale, key_padding_mask)
-    return causal_sums(f_x, f_y, v, log_decay=decay, exact=exact)[1]
+    return causal_sums(f_x, f_y, v, key_padding_mask, log_decay=decay, exact=exact)[1]
 
 
 def leveled_attention(
@@ -112,7 +114,7 @@ def leveled_step(
 ) -> tuple[LeveledState, Float[Tensor, "b h n dv"]]:
     """Continue by n tokens."""
     f_y, decay, top = running_levels(f_y, log_scale, None, past.top)
-    before = SignedState(past.moment, past.energy)
+    before = SignedState(past.moment, past.energy, past.values)
     after, sums = causal_sums(f_x, f_y, v, log_decay=decay, past=before, final_state=True, exact=exact)
     assert after is not None
     return LeveledState(*after, top), held_ratio(f_x, sums, exact)
@@ -127,7 +129,7 @@ def held_leveled(
     key_padding_mask: Bool[Tensor, "b m"] | None,
     exact: int = 0,
 ) -> Bool[Tensor, "b h n"]:
-    """Which rows are divided by their noise in place of their sum: those that do not add up to one."""
+    """Which rows are divided by their noise in place of their sum."""
     masks = {"causal": causal, "key_padding_mask": key_padding_mask}
     return held_rows(f_x, leveled_sums(f_x, f_y, log_scale, f_y[..., :1], **masks, exact=exact), exact)
 
