@@ -10,7 +10,7 @@ c = `CAUTION` is a heuristic. A row whose sum exceeds g_i is the plain ratio of 
 signal: the sum is taken as g_i, what it lacks is spread over all keys alike, and the row is drawn to a_i. Every row
 adds up to one, and no output is further than sqrt(r)/c sum_j |f(y_j)| |v_j - a_i| / E_i^{1/2} from a_i. g_i falls like
 r^{-1/2} against a row sum that does not: no row is held once there are enough features. Leading coordinates without
-noise (`exact`) do not count in g_i.
+noise (`exact`) do not count in g_i, and with them the bound is not promised.
 """
 
 from typing import NamedTuple
