@@ -83,6 +83,8 @@ def test_every_row_adds_up_to_one_and_held_rows_are_drawn_to_the_mean(causal):
     f_x, f_y, v = features(300)
     rows = signed_attention(f_x, f_y, torch.ones_like(v), causal=causal)
     torch.testing.assert_close(rows, torch.ones_like(rows))
+    first = signed_attention(-f_y[:, :, :1], f_y[:, :, :1], v[:, :, :1], causal=causal)
+    torch.testing.assert_close(first, v[:, :, :1])
     sums = causal_sums(f_x, f_y, v)[1] if causal else all_sums(f_x, f_y, v)
     held, plain = held_rows(f_x, sums), sums.products[..., :-1] / sums.products[..., -1:]
     away, plainly = ((x - sums.mean).norm(dim=-1) for x in (held_ratio(f_x, sums), plain))
