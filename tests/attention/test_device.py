@@ -32,7 +32,7 @@ def run(operator, tensors, device, **options):
 @pytest.mark.parametrize("method", METHODS)
 def test_gpu_equals_cpu(method, length, padded, dtype):
     factory = partial(build, OmegaConf.load(CONF / f"{method}.yaml"))
-    tensors = gaussian(length, dtype=dtype)
+    tensors = gaussian(length, arity=factory(**dimensions()).arity, dtype=dtype)
     mask = torch.arange(length) < torch.tensor([length, max(1, length - 3)])[:, None] if padded else None
     for causal in modes(factory(**dimensions()).causal):
         found, expected = (

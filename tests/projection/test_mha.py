@@ -6,6 +6,8 @@ import torch
 from attnlens.attention.identity import Identity
 from attnlens.attention.mean import Mean
 from attnlens.attention.softmax import Softmax
+from attnlens.attention.third_order import ThirdOrder
+from attnlens.attention.third_order_taylor import ThirdOrderTaylor
 from attnlens.position.rope import Rope
 from attnlens.projection.convolution import ShortConvolution
 from attnlens.projection.mha import Mha
@@ -114,3 +116,34 @@ def test_short_convolution_is_causal_depthwise_and_starts_near_the_identity():
     assert 0 < (convolve(x, past) - x).abs().max() < 0.5
     with pytest.raises(ValueError, match="`short_convolution` must be at least 1, got 0"):
         ShortConvolution(4, 0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("taps", [None, 3])
+@pytest.mark.parametrize("operator", [ThirdOrder(), ThirdOrderTaylor(2, WIDTH // HEADS)])
+def test_an_operator_of_higher_arity_gets_its_keys_and_values_side_by_side(operator, taps, packed):
+    """Shapes, causality by way of decoding, and the rotation of each key by itself."""
+    rope = Rope(WIDTH // HEADS, 8)
+    layer = mha(operator, packed=packed, short_convolution=taps, position=rope)
+    assert sum(linear.out_features for linear in layer.inputs) == 5 * WIDTH
+    x = torch.randn(2, 8, WIDTH)
+    cache, outputs = layer.init_cache(2, capacity=8), []
+    for part in x.split([3, 1, 4], dim=1):
+        cache, y = layer.step(cache, part)
+        outputs.append(y)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x, causal=True))
+    if taps is None and not packed:
+        q, k, v = (layer._split(linear(x)) for linear in layer.inputs)
+        (q, k1), (_, k2) = (rope.rotate(q, part) for part in k.chunk(2, -1))
+        expected = operator(q, torch.cat([k1, k2], -1), v)
+        torch.testing.assert_close(layer(x), layer.output(expected.transpose(1, 2).flatten(2)))
+
+
+def test_arity_changes_no_weight_of_other_operators():
+    """The same stream of random numbers as before there was an arity: three squares in a row, then the output."""
+    torch.manual_seed(5)
+    layer = mha()
+    torch.manual_seed(5)
+    plain = [torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)]
+    for ours, theirs in zip((*layer.inputs, layer.output), plain, strict=True):
+        assert torch.equal(ours.weight, theirs.weight)

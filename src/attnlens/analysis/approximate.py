@@ -63,6 +63,11 @@ def approximate(cell: Cell, progress: Callable[[str], None] = print) -> dict[str
             if captures[0].causal and not operator.causal:
                 refused.append({"data": data, "reason": own.get("reason") or f"{cell.attention} cannot be causal"})
                 break
+            if not operator.pairwise:
+                refused.append(
+                    {"data": data, "reason": f"{cell.attention} has no matrix of queries by keys to compare"}
+                )
+                break
             progress(f"approximate {cell.attention}: {data}, seed {seed}")
             for place, layers in _sources(cell, operator, own, data, seed, captures):
                 for capture in layers:

@@ -23,7 +23,11 @@ class AbstractAttention(nn.Module, ABC):
         target: what it approximates ("softmax", ..., or "itself" when it is its own definition).
         causal: whether it can be causal; if not, asking for it is a ValueError.
         self_attention: whether queries and keys must be the same tokens (equal lengths; padding covers both).
-        row_stochastic: whether every row of its matrix is nonnegative and sums to one.
+        row_stochastic: whether every row of `matrix` is nonnegative and sums to one.
+        arity: how many keys and how many values every token brings: `k` is [k1|...|k_arity] along its last axis, of
+            width arity * d, and `v` likewise. Above 1 the operator weighs tuples of tokens.
+        pairwise: whether out = P v for a matrix P of queries by keys, so that P can be compared with that of exact
+            attention.
         rows_independent: whether an output row depends on its own query only (False where landmarks or sorting mix).
         order: error = O(budget^-order), or None where theory gives none.
         bound_probability: the probability with which `error_bound` holds (1.0: always).
@@ -39,6 +43,8 @@ class AbstractAttention(nn.Module, ABC):
     causal: ClassVar[bool] = True
     self_attention: ClassVar[bool] = False
     row_stochastic: ClassVar[bool] = False
+    arity: ClassVar[int] = 1
+    pairwise: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
     order: ClassVar[float | None] = None
     bound_probability: ClassVar[float] = 1.0
@@ -68,8 +74,8 @@ class AbstractAttention(nn.Module, ABC):
     def error_bound(
         self,
         q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m dv"],
+        k: Float[Tensor, "b h m {self.arity}*d"],
+        v: Float[Tensor, "b h m w"],
         *,
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
@@ -80,12 +86,12 @@ class AbstractAttention(nn.Module, ABC):
     def reference(
         self,
         q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m dv"],
+        k: Float[Tensor, "b h m {self.arity}*d"],
+        v: Float[Tensor, "b h m w"],
         *,
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
-    ) -> Float[Tensor, "b h n dv"]:
+    ) -> Float[Tensor, "b h n w//{self.arity}"]:
         """The naive float64 answer of the target; softmax attention unless the operator has another target."""
         return softmax_naive(q.double(), k.double(), v.double(), causal=causal, key_padding_mask=key_padding_mask)
 
@@ -100,12 +106,12 @@ class AbstractAttention(nn.Module, ABC):
     def forward(
         self,
         q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
-        v: Float[Tensor, "b h m dv"],
+        k: Float[Tensor, "b h m {self.arity}*d"],
+        v: Float[Tensor, "b h m w"],
         *,
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
-    ) -> Float[Tensor, "b h n dv"]:
+    ) -> Float[Tensor, "b h n w//{self.arity}"]:
         """Attention of `q` over `k` and `v`; the result has the dtype of `q`.
 
         Raises:
@@ -126,13 +132,18 @@ class AbstractAttention(nn.Module, ABC):
     def matrix(
         self,
         q: Float[Tensor, "b h n d"],
-        k: Float[Tensor, "b h m d"],
+        k: Float[Tensor, "b h m {self.arity}*d"],
         *,
         causal: bool = False,
         key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b h n m"]:
-        """The matrix P~ that the operator applies to the values, obtained by applying it to the identity."""
+        """The matrix P~ that the operator applies to the values, obtained by applying it to the identity.
+
+        At `arity` 2 and more the weights of tuples are summed over all their tokens but the first: values [I|1|...|1].
+        """
         eye = torch.eye(k.shape[-2], dtype=k.dtype, device=k.device).expand(*k.shape[:3], k.shape[-2])
+        if self.arity > 1:
+            eye = torch.cat([eye, torch.ones_like(eye).repeat(1, 1, 1, self.arity - 1)], -1)
         return self(q, k, eye, causal=causal, key_padding_mask=key_padding_mask)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, key_padding_mask: Tensor | None) -> None:
@@ -141,10 +152,15 @@ class AbstractAttention(nn.Module, ABC):
             raise ValueError(
                 f"`q`, `k`, `v` must be (batch, heads, length, head_dim), got {q.ndim}, {k.ndim}, {v.ndim} axes"
             )
-        if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        if q.shape[:2] != k.shape[:2] or k.shape[:3] != v.shape[:3] or self.arity * q.shape[3] != k.shape[3]:
             raise ValueError(
                 f"shapes do not fit: `q` {tuple(q.shape)}, `k` {tuple(k.shape)}, `v` {tuple(v.shape)}; "
                 "repeat grouped key/value heads in the projection"
+                + (f"; {name} takes {self.arity} keys side by side for every token" if self.arity > 1 else "")
+            )
+        if v.shape[3] % self.arity:
+            raise ValueError(
+                f"{name} takes {self.arity} values side by side for every token, got `v` of width {v.shape[3]}"
             )
         if min(q.shape[2], k.shape[2]) < 1:
             raise ValueError(f"lengths must be at least 1, got {q.shape[2]} queries and {k.shape[2]} keys")

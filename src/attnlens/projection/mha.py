@@ -2,6 +2,8 @@
 
 y = concat_h(Attention(x Wq_h, x Wk_h, x Wv_h)) Wo
 
+An operator of higher `arity` is given so many keys and values of that width for every token, side by side.
+
 Reference: "Attention is all you need", Vaswani et al., 2017. The optional short convolution on q, k and v follows
 "Gated linear attention transformers with hardware-efficient training", Yang et al., 2024.
 """
@@ -65,11 +67,12 @@ class Mha(AbstractProjection):
             raise ValueError(f"`width` must be a multiple of `num_heads`, got {width} and {num_heads}")
         self.attention, self.position = attention, position
         self.width, self.num_heads = width, num_heads
-        widths = [3 * width] if packed else [width, width, width]
-        self.inputs = nn.ModuleList(nn.Linear(width, size, bias=bias) for size in widths)
+        self.widths = (width, attention.arity * width, attention.arity * width)
+        sizes = [sum(self.widths)] if packed else self.widths
+        self.inputs = nn.ModuleList(nn.Linear(width, size, bias=bias) for size in sizes)
         taps = 1 if short_convolution is None else short_convolution
-        num_convolutions = 0 if short_convolution is None else 3
-        self.convolutions = nn.ModuleList(ShortConvolution(width, taps) for _ in range(num_convolutions))
+        convolved = () if short_convolution is None else self.widths
+        self.convolutions = nn.ModuleList(ShortConvolution(size, taps) for size in convolved)
         self.output = nn.Linear(width, width, bias=bias)
         self.num_past = taps - 1
 
@@ -90,11 +93,12 @@ class Mha(AbstractProjection):
                 real = key_padding_mask[..., None]
                 q = torch.where(real, q, 0) if memory is None else q
                 k, v = torch.where(real, k, 0), torch.where(real, v, 0)
-            past = x.new_zeros(x.shape[0], self.num_past, self.width)
-            q, k, v = (convolve(z, past) for convolve, z in zip(self.convolutions, (q, k, v), strict=True))
+            past = (x.new_zeros(x.shape[0], self.num_past, size) for size in self.widths)
+            triples = zip(self.convolutions, (q, k, v), past, strict=True)
+            q, k, v = (convolve(z, nothing) for convolve, z, nothing in triples)
         q, k, v = self._split(q), self._split(k), self._split(v)
-        if memory is None and self.position is not None:
-            q, k = self.position.rotate(q, k)
+        if memory is None:
+            q, k = self._rotate(q, k)
         return self._merge(self.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask))
 
     def init_cache(self, batch: int, capacity: int) -> MhaCache:
@@ -103,8 +107,9 @@ class Mha(AbstractProjection):
         if isinstance(self.attention, AbstractRecurrentAttention):
             state = self.attention.init_state(batch, self.num_heads, head_dim, head_dim, like)
         else:
-            state = tuple(like.new_zeros(batch, self.num_heads, 0, head_dim) for _ in range(3))
-        past = tuple(like.new_zeros(batch, self.num_past, self.width) for _ in self.convolutions)
+            heads = [size // self.num_heads for size in self.widths]
+            state = tuple(like.new_zeros(batch, self.num_heads, 0, size) for size in heads)
+        past = tuple(like.new_zeros(batch, self.num_past, size) for size in self.widths[: len(self.convolutions)])
         return MhaCache(state, past, length=0, capacity=capacity)
 
     def step(self, cache: MhaCache, x: Float[Tensor, "b n w"]) -> tuple[MhaCache, Float[Tensor, "b n w"]]:
@@ -117,8 +122,7 @@ class Mha(AbstractProjection):
             past = tuple(torch.cat([old, z], dim=1)[:, x.shape[1] :] for z, old in zip(inputs, cache.past, strict=True))
             inputs = tuple(convolve(z, old) for convolve, z, old in triples)
         q, k, v = (self._split(z) for z in inputs)
-        if self.position is not None:
-            q, k = self.position.rotate(q, k, offset=cache.length)
+        q, k = self._rotate(q, k, offset=cache.length)
         state, out = self._continue(cache.state, q, k, v)
         return MhaCache(state, past, length, cache.capacity), self._merge(out)
 
@@ -135,11 +139,19 @@ class Mha(AbstractProjection):
             to_q, to_k, to_v = self.inputs
             return to_q(x), to_k(source), to_v(source)
         if source is x:
-            q, k, v = self.inputs[0](x).chunk(3, dim=-1)
+            q, k, v = self.inputs[0](x).split(self.widths, dim=-1)
             return q, k, v
         q = self.inputs[0](x)[..., : self.width]
         k, v = self.inputs[0](source)[..., self.width :].chunk(2, dim=-1)
         return q, k, v
+
+    def _rotate(self, q: Tensor, k: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Queries and every key of a token by its position."""
+        if self.position is None:
+            return q, k
+        pairs = [self.position.rotate(q, part, offset=offset) for part in k.chunk(self.attention.arity, dim=-1)]
+        keys = [key for _, key in pairs]
+        return pairs[0][0], keys[0] if len(keys) == 1 else torch.cat(keys, -1)
 
     def _split(self, z: Float[Tensor, "b n w"]) -> Float[Tensor, "b h n d"]:
         return z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -19,18 +19,23 @@ def gaussian(
     batch: int = 2,
     head_dim: int = HEAD_DIM,
     value_dim: int | None = None,
+    arity: int = 1,
     logit_scale: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gaussian q, k, v whose logits <q, k>/sqrt(d) have standard deviation `logit_scale`."""
+    """Gaussian q, k, v whose logits <q, k>/sqrt(d) have standard deviation `logit_scale`.
+
+    For an operator of higher `arity` so many keys and values stand side by side, and the logit is the multilinear form
+    sum_c q_c k1_c ... k_arity,c / sqrt(d). `value_dim` is that of the output.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(width: int) -> Tensor:
         return torch.randn(batch, HEADS, length, width, generator=generator, dtype=torch.float64)
 
-    q, k, v = draw(head_dim), draw(head_dim), draw(value_dim or head_dim)
-    root = logit_scale**0.5
+    q, k, v = draw(head_dim), draw(arity * head_dim), draw(arity * (value_dim or head_dim))
+    root = logit_scale ** (1 / (1 + arity))
     return (q * root).to(dtype), (k * root).to(dtype), v.to(dtype)
 
 

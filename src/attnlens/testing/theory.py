@@ -37,7 +37,7 @@ def exact_limit(factory: Factory) -> str | None:
     for length in LENGTHS:
         limit = type(factory(**dimensions())).exact_at(length)
         operator = factory(**dimensions(), **(limit or {})).double()
-        q, k, v = gaussian(length)
+        q, k, v = gaussian(length, arity=operator.arity)
         mask = torch.arange(length) < torch.tensor([length, max(1, length // 2)])[:, None]
         for is_causal in modes(operator.causal):
             for padding in (None, mask):
@@ -51,14 +51,15 @@ def exact_limit(factory: Factory) -> str | None:
 
 def error_bound(factory: Factory) -> str | None:
     """Every output row lies within the declared bound at logit scales 0.1, 1 and 3."""
-    q, k, v = gaussian(5)
-    if factory(**dimensions()).double().error_bound(q, k, v) is None:
+    plain = factory(**dimensions()).double()
+    q, k, v = gaussian(5, arity=plain.arity)
+    if plain.error_bound(q, k, v) is None:
         return "no error bound declared"
     inside, total = 0, 0
     for scale in (0.1, 1.0, 3.0):
         for draw in range(4):
             operator = factory(**dimensions(seed=draw)).double()
-            q, k, v = gaussian(40, logit_scale=scale, seed=draw)
+            q, k, v = gaussian(40, arity=operator.arity, logit_scale=scale, seed=draw)
             for is_causal in modes(operator.causal):
                 bound = operator.error_bound(q, k, v, causal=is_causal)
                 assert bound is not None, f"no bound at logit scale {scale}"
@@ -76,7 +77,7 @@ def order(factory: Factory) -> str | None:
     cls = type(factory(**dimensions()))
     if cls.order is None or cls.budget is None:
         return "no order declared"
-    q, k, v = gaussian(24, logit_scale=0.1)
+    q, k, v = gaussian(24, arity=cls.arity, logit_scale=0.1)
     errors = []
     for budget in ORDER_BUDGETS:
         draws = [factory(**dimensions(seed=draw), **{cls.budget: budget}).double() for draw in range(ORDER_DRAWS)]
