@@ -220,3 +220,12 @@ def test_a_capture_that_does_not_say_whether_it_is_causal_is_refused(tmp_path):
     save_file(qkv(3, True), tmp_path / "qkv.safetensors")
     with pytest.raises(ValueError, match="is no capture"):
         read_captures(tmp_path / "qkv.safetensors")
+
+
+@pytest.mark.parametrize("target", ["third_order.ThirdOrder", "tensorized.Tensorized"])
+def test_an_operator_without_a_matrix_is_not_compared_with_exact_attention(root, target):
+    """Its keys come in pairs, or its values are mixed: there is no P to hold against softmax attention's."""
+    result = approximate(cell(root, f"attnlens.attention.{target}"), silent)
+    assert result["rows"] == result["trained"] == []
+    assert [entry["data"] for entry in result["not_applicable"]] == ["mqar", "shakespeare"]
+    assert all("no matrix of queries by keys" in entry["reason"] for entry in result["not_applicable"])
