@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from attnlens.construct import construct
-from attnlens.data.match3 import Match3, baselines, match, num_distinct
+from attnlens.data.match3 import Match3, baselines, coincidence, match, num_distinct
 
 SIZES = {"length": 10, "modulus": 71, "num_train": 400, "num_validation": 50, "num_test": 60, "seed": 0}
 
@@ -55,10 +55,26 @@ def test_baselines_are_what_their_rules_score():
         own = votes.get(len(set(row.tolist())))
         right += (labels == majority).sum()
         told += (labels == (majority if own is None else np.mean(own) > 0.5)).sum()
-    found = baselines(train, test)
+    found = baselines(train, test, 71)
     assert found == prepared.meta.baselines
     assert found["majority"] == pytest.approx(right / test["labels"].size)
     assert found["distinct tokens"] == pytest.approx(told / test["labels"].size)
+
+
+def test_the_rule_of_pairs_knows_matches_in_which_two_places_coincide():
+    train = Match3(**SIZES).prepare(Path()).splits["train"]
+    tokens, labels = train["input_ids"], train["labels"]
+    found = coincidence(tokens, 71)
+    for row, marks in zip(tokens[:50].tolist(), found[:50].tolist(), strict=True):
+        for x, mark in zip(row, marks, strict=True):
+            assert mark == any((2 * x + y) % 71 == 0 or (x + 2 * y) % 71 == 0 for y in row)
+    assert (labels >= found).all()
+    assert 0.2 < found.mean() < labels.mean()
+    other = labels[found == 0].mean()
+    assert other < 0.5
+    test = Match3(**SIZES | {"num_test": 4000}).prepare(Path())
+    hit = coincidence(test.splits["test"]["input_ids"], 71)
+    assert test.meta.baselines["pairs"] == pytest.approx((test.splits["test"]["labels"] == hit).mean())
 
 
 def test_splits_come_from_disjoint_streams_and_a_seed_repeats():

@@ -67,7 +67,7 @@ class Match3:
             length=self.length,
             metric="accuracy",
             higher_is_better=True,
-            baselines=baselines(splits["train"], splits["test"]),
+            baselines=baselines(splits["train"], splits["test"], self.modulus),
             sources={"generator": {"name": "match3", "seed": self.seed}},
         )
         return Prepared(splits, meta)
@@ -82,20 +82,36 @@ def match(tokens: np.ndarray, modulus: int) -> np.ndarray:
     return np.take_along_axis(found, -tokens % modulus, axis=1)
 
 
+def coincidence(tokens: np.ndarray, modulus: int) -> np.ndarray:
+    """1 where two of i, j and k coincide in a match: another token is -2 x_i, or twice another token is -x_i."""
+    found = np.zeros((2, len(tokens), modulus), dtype=np.int32)
+    np.put_along_axis(found[0], tokens, 1, axis=1)
+    np.put_along_axis(found[1], 2 * tokens % modulus, 1, axis=1)
+    once = np.take_along_axis(found[0], -2 * tokens % modulus, axis=1)
+    return once | np.take_along_axis(found[1], -tokens % modulus, axis=1)
+
+
 def num_distinct(tokens: np.ndarray) -> np.ndarray:
     """Distinct tokens of every row."""
     return (np.diff(np.sort(tokens, axis=1), axis=1) > 0).sum(axis=1) + 1
 
 
-def baselines(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> dict[str, float]:
-    """Test accuracy of the more frequent training label, and of the more frequent one among sequences with the same
-    number of distinct tokens."""
+def baselines(train: dict[str, np.ndarray], test: dict[str, np.ndarray], modulus: int) -> dict[str, float]:
+    """Test accuracy of three rules, fitted on the training split.
+
+    majority: the more frequent label. distinct tokens: the more frequent one among sequences with the same number of
+    them. pairs: 1 where two places suffice, else the more frequent label of the other tokens; what is above needs
+    triples of different places.
+    """
     majority = int(train["labels"].mean() > 0.5)
     counts, share = num_distinct(train["input_ids"]), train["labels"].mean(axis=1)
     guess = np.full(train["input_ids"].shape[1] + 1, majority)
     for count in np.unique(counts):
         guess[count] = int(share[counts == count].mean() > 0.5)
+    rest = int(train["labels"][coincidence(train["input_ids"], modulus) == 0].mean() > 0.5)
+    pairs = coincidence(test["input_ids"], modulus) | rest
     return {
         "majority": float((test["labels"] == majority).mean()),
         "distinct tokens": float((test["labels"] == guess[num_distinct(test["input_ids"])][:, None]).mean()),
+        "pairs": float((test["labels"] == pairs).mean()),
     }
