@@ -110,6 +110,8 @@ def _build(config: Mapping, on: Ensemble, seed: int = 0, **budget: int) -> Abstr
 def _reason(operator: AbstractAttention) -> str | None:
     if operator.budget is None:
         return "no budget to choose"
+    if operator.arity > 1:
+        return "weighs tuples of tokens: exact attention on the same inputs has no cost to compare with"
     if is_learned(operator):
         return "learned: its error is that of its training"
     return None
