@@ -160,7 +160,7 @@ CASES = [
     Case(
         name="hierarchical sinks",
         method="hierarchical",
-        arguments={"block_size": 16, "num_points": 8, "variance": True, "num_sinks": 1},
+        arguments={"block_size": 64, "num_points": 4, "variance": False, "num_sinks": 1},
         peer=adapters.h_transformer,
         peer_arguments={"block_size": 16},
         goal={"peer": 1},

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from attnlens.attention import build
 from attnlens.attention.softmax import softmax_naive
-from attnlens.linalg.feature_maps import log_maps
+from attnlens.linalg.feature_maps import log_linear
 from attnlens.linalg.feature_scan import causal_features
 
 
@@ -104,9 +104,9 @@ def test_with_features_enough_it_follows_softmax_and_not_the_mean():
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_do_not_matter(chunk):
     q, k, v = (x.detach() for x in inputs(50))
-    maps = log_maps(operator().double()._draws(q))
-    one = causal_features(*maps, q, k, v, chunk=50)[1]
-    torch.testing.assert_close(causal_features(*maps, q, k, v, chunk=chunk)[1], one, atol=1e-11, rtol=1e-9)
+    features = log_linear(operator().double()._draws(q))
+    one = causal_features(features, q, k, v, chunk=50)[1]
+    torch.testing.assert_close(causal_features(features, q, k, v, chunk=chunk)[1], one, atol=1e-11, rtol=1e-9)
 
 
 def test_split_and_resume_is_one_causal_run_and_the_state_is_what_it_says():

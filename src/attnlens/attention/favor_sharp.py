@@ -22,10 +22,10 @@ from torch import Tensor
 
 from attnlens.attention.base import AbstractRecurrentAttention
 from attnlens.linalg.exponential_features import optimal_coefficients, pair_moment
-from attnlens.linalg.feature_maps import log_maps
+from attnlens.linalg.feature_maps import log_linear
 from attnlens.linalg.feature_scan import (
     FeatureState,
-    LogFeatures,
+    LogLinear,
     bidirectional_features,
     causal_features,
     empty_features,
@@ -119,8 +119,8 @@ class FavorSharp(AbstractRecurrentAttention):
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
         if causal:
-            return causal_features(*self._log_maps(q), q, k, v, key_padding_mask)[1]
-        return bidirectional_features(*self._log_maps(q), q, k, v, key_padding_mask)
+            return causal_features(self._log_linear(q), q, k, v, key_padding_mask)[1]
+        return bidirectional_features(self._log_linear(q), q, k, v, key_padding_mask)
 
     def kernel(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n m"]:
         """<phi(x_i), phi(y_j)>, the estimate of exp(<q_i, k_j>/sqrt(d))."""
@@ -142,17 +142,15 @@ class FavorSharp(AbstractRecurrentAttention):
         """Continue by n tokens; time O(n m d), whatever came before."""
         past = FeatureState(*state)
         queries, keys, values = (x.to(past.log_mass.dtype) for x in (q, k, v))
-        maps = self._log_maps(queries)
-        after, out = causal_features(*maps, queries, keys, values, state=past, final_state=True)
+        features = self._log_linear(queries)
+        after, out = causal_features(features, queries, keys, values, state=past, final_state=True)
         assert after is not None
         return after, out.to(q.dtype)
 
-    def _log_maps(self, q: Tensor) -> tuple[LogFeatures, LogFeatures]:
+    def _log_linear(self, q: Tensor) -> LogLinear:
         """What both tokens of a pair owe to the draw alone goes to the keys."""
         rows, offset = self._draws(q)
-        of_queries, of_keys = log_maps(rows)
-        shift = offset.flatten(0, 1)[:, None]
-        return of_queries, lambda k: of_keys(k) + shift
+        return log_linear(rows)._replace(shift=offset)
 
     def _draws(self, q: Tensor) -> tuple[Float[Tensor, "b h m d"], Float[Tensor, "b h m"]]:
         """R B w_f, and 2 w_f^T A w_f + 2 log D, of every head in the precision of q."""

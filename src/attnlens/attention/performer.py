@@ -3,10 +3,10 @@
     out_i = sum_j <phi(x_i), phi(y_j)> v_j / sum_j <phi(x_i), phi(y_j)>,   x = d^{-1/4} q,   y = d^{-1/4} k,
     phi_f(y) = m^{-1/2} exp(<w_f, y> - |y|^2/2),   w_f ~ N(0, I), orthogonal within blocks of d,   j <= i if causal.
 
-The sums over j are taken first, feature by feature, so time is O(n m d) instead of O(n^2 d); memory is O(n d + m d) and
-O(c m) for pieces of c tokens, O(n m) to a backward pass. The kernel estimate is unbiased with relative variance at most
-(e^{|x + y|^2} - 1) / m, so that the error falls like m^{-1/2}; it equals softmax attention for no finite m. At
-|x + y|^2 >> log m (unit Gaussian queries and keys at d = 64 have 16) it carries no information: see its skill.
+The sums over j are taken first, feature by feature, so time is O(n m d) instead of O(n^2 d); memory is O(n d + m d),
+causal O(c m) more for pieces of c tokens, and O(n m) to a backward pass. The kernel estimate is unbiased with relative
+variance at most (e^{|x + y|^2} - 1) / m, so that the error falls like m^{-1/2}; it equals softmax attention for no
+finite m. At |x + y|^2 >> log m (unit Gaussian queries and keys at d = 64 have 16) it carries no information: see skill.
 
 `features` chooses the map: positive as above, hyperbolic (draws in opposite pairs, a smaller variance at twice the
 features) or trigonometric (signed: a smaller variance for near pairs, a much larger one for far pairs).
@@ -15,8 +15,8 @@ Source: "Rethinking Attention with Performers" (Choromanski et al., 2021), https
 
 Departures from the paper. Its stabilizer subtracts a maximum over all keys and adds 1e-4 to every feature: the
 constant swamps the features (the output becomes mean(V)) and the maximum lets the future into causal outputs. Nothing
-is added here and no scale is shared: see `linalg.feature_scan`. Positive rows sum to one to round-off, and signed ones
-are held above their noise (`linalg.signed_features`), where they sum to less.
+is added here and no scale is shared: see `linalg.feature_scan`. Rows sum to one to round-off; signed ones below their
+noise are drawn to the mean of the values (`linalg.signed_features`).
 """
 
 import torch

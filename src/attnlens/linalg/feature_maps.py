@@ -7,7 +7,7 @@ With x = d^{-1/4} q, y = d^{-1/4} k and rows w_f of the draws, all unbiased for 
     trigonometric  e^{|x|^2/2} m^{-1/2} (sin <w_f, x>, cos <w_f, x>)_f.
 
 The first two are positive: sums of their logarithms (`linalg.feature_scan`), rows that sum to one. The third is signed:
-a row sum may vanish and is held above its noise, every key carries its scale e^{|y|^2/2} (`linalg.leveled_features`).
+a row below its noise is drawn to the mean, every key carries its scale e^{|y|^2/2} (`linalg.leveled_features`).
 Their variances are in `linalg.random_features`.
 
 Source: "Rethinking Attention with Performers" (Choromanski et al., 2021), https://arxiv.org/abs/2009.14794.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from attnlens.linalg.feature_scan import (
     FeatureState,
-    LogFeatures,
+    LogLinear,
     bidirectional_features,
     causal_features,
     empty_features,
@@ -73,21 +73,9 @@ class AbstractFeatureMap(ABC):
         """Continue by n tokens in the precision of the state."""
 
 
-def log_maps(w: Float[Tensor, "b h m d"]) -> tuple[LogFeatures, LogFeatures]:
-    """Log features of unscaled queries and keys, (b h, n, d) to (b h, n, m): <w, x>, and <w, y> - |y|^2/2.
-
-    What is left out of them, |x|^2/2 and log m, is the same for all keys of a query and cancels.
-    """
-    scale = w.shape[-1] ** -0.25
-    rows = (w * scale).flatten(0, 1).mT
-
-    def of_queries(q: Tensor) -> Tensor:
-        return torch.bmm(q, rows)
-
-    def of_keys(k: Tensor) -> Tensor:
-        return torch.bmm(k, rows) - k.square().sum(-1, keepdim=True) * (scale**2 / 2)
-
-    return of_queries, of_keys
+def log_linear(w: Float[Tensor, "b h m d"]) -> LogLinear:
+    """The logarithms of positive features of unscaled tokens: <w, x>, and <w, y> - |y|^2/2."""
+    return LogLinear(w * w.shape[-1] ** -0.25)
 
 
 class Positive(AbstractFeatureMap):
@@ -109,8 +97,8 @@ class Positive(AbstractFeatureMap):
         key_padding_mask: Bool[Tensor, "b l"] | None,
     ) -> Float[Tensor, "b h n dv"]:
         if causal:
-            return causal_features(*log_maps(w), q, k, v, key_padding_mask)[1]
-        return bidirectional_features(*log_maps(w), q, k, v, key_padding_mask)
+            return causal_features(log_linear(w), q, k, v, key_padding_mask)[1]
+        return bidirectional_features(log_linear(w), q, k, v, key_padding_mask)
 
     def init_state(self, batch: int, num_heads: int, m: int, value_dim: int, like: Tensor) -> FeatureState:
         return empty_features(batch, num_heads, m, value_dim, like)
@@ -123,7 +111,7 @@ class Positive(AbstractFeatureMap):
         v: Float[Tensor, "b h n dv"],
         w: Float[Tensor, "b h m d"],
     ) -> tuple[FeatureState, Float[Tensor, "b h n dv"]]:
-        after, out = causal_features(*log_maps(w), q, k, v, state=FeatureState(*state), final_state=True)
+        after, out = causal_features(log_linear(w), q, k, v, state=FeatureState(*state), final_state=True)
         assert after is not None
         return after, out
 

@@ -4,8 +4,9 @@ For log features a_i, b_j in R^m and values v_j,
 
     out_i = sum_j sum_f e^{a_if + b_jf} v_j / sum_j sum_f e^{a_if + b_jf},   j <= i if causal.
 
-The sums over j come first, feature by feature: time O(n m (c + dv)) for pieces of c tokens, memory O(n dv + c m), and
-O(n m) to a backward pass. Written as two softmax attentions with the features as m tokens in between,
+The sums over j come first, feature by feature: time O(n m (d + dv)), memory O(n (d + dv) + m dv), and causal, in pieces
+of c tokens, O(n c m) and O(c m) more, O(n m) to a backward pass. Written as two softmax attentions with the features as
+m tokens in between,
 
     l_f = log sum_j e^{b_jf},   o_f = softmax_j(b_jf) v_j,   out_i = softmax_f(a_if + l_f) o_f,
 
@@ -17,25 +18,37 @@ e^{a_if} may be scaled by token, which cancels. With t_i = max_f a_if - min_f a_
 pair is at least e^{s_j - t_i} after that scaling, and what underflows in it at most m e^{-c}, c the logarithm of the
 range: nothing is lost where max t - min s stays well below c, and `num_in_range` asks for .65 c. In float32 c = 88;
 positive random features of Gaussian queries and keys at d = 64 have 28 at logits of standard deviation 1, 52 at 3, and
-at 10 122, which leaves the range. Tokens in range take the linear domain where the host may read values, the others
-and what follows them the log domain.
+at 10 122, which leaves the range. Causal tokens in range take the linear domain where the host may read values, the
+others and what follows them the log domain; not causal, the log domain is two calls of the fused kernel and faster.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnlens.linalg.blocks import host_reads_are_free
+from attnlens.linalg.partial import partial_attention
 from attnlens.linalg.prefix import normalized
 from attnlens.linalg.scan import chunk_length
 
-LogFeatures = Callable[[Tensor], Tensor]
-# Without a mask inside, longer pieces cost nothing.
-PIECE = 256
+
+class LogLinear(NamedTuple):
+    """Log features that are linear in the token but for its norm: <row_f, q> of a query, and <row_f, k> - |k|^2 / (2
+    sqrt(d)) + shift_f of a key. What else the kernel has is the same for all keys of a query and cancels."""
+
+    rows: Float[Tensor, "b h m d"]
+    shift: Float[Tensor, "b h m"] | None = None
+
+    def of_queries(self, q: Float[Tensor, "bh n d"]) -> Float[Tensor, "bh n m"]:
+        return torch.bmm(q, self.rows.flatten(0, 1).mT)
+
+    def of_keys(self, k: Float[Tensor, "bh n d"]) -> Float[Tensor, "bh n m"]:
+        logs = torch.bmm(k, self.rows.flatten(0, 1).mT) - k.square().sum(-1, keepdim=True) * (k.shape[-1] ** -0.5 / 2)
+        return logs if self.shift is None else logs + self.shift.flatten(0, 1)[:, None]
 
 
 class FeatureState(NamedTuple):
@@ -78,7 +91,8 @@ def num_in_range(
     It reads values on the host. A token counts by itself and what came before it, never by what follows. One with a
     NaN is not in range.
     """
-    top, (least, most) = log_y.detach().amax(-1), log_x.detach().aminmax(dim=-1)
+    # Not amin: on a CPU it takes thirty times as long as amax.
+    top, most, least = log_y.detach().amax(-1), log_x.detach().amax(-1), -(-log_x.detach()).amax(-1)
     low, high = (top, top) if real is None else (top.masked_fill(~real, math.inf), top.masked_fill(~real, -math.inf))
     spread, low, high = (most - least).amax(0), low.amin(0), high.amax(0)
     if before is not None:
@@ -164,8 +178,7 @@ def features_to_queries(
 
 
 def causal_features(
-    log_x: LogFeatures,
-    log_y: LogFeatures,
+    features: LogLinear,
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h n d"],
     v: Float[Tensor, "b h n dv"],
@@ -175,7 +188,7 @@ def causal_features(
     chunk: int | None = None,
 ) -> tuple[FeatureState | None, Float[Tensor, "b h n dv"]]:
     """Every query over the keys up to its own and those in `state`; the state after the last token where
-    `final_state` asks for it. `log_x`, `log_y` take tokens (b h, n, d) to log features (b h, n, m)."""
+    `final_state` asks for it."""
     heads = q.shape[:2]
     pieces = _pieces(q, k, v, key_padding_mask, chunk or chunk_length(q.shape[2]))
     outs: list[Tensor] = []
@@ -184,7 +197,7 @@ def causal_features(
     if state is not None:
         past = state.values.flatten(0, 1), state.log_mass.flatten(0, 1).clamp_min(_floor(v))
     for index, (q_, k_, v_, real) in enumerate(pieces):
-        a, b, held = log_x(q_), log_y(k_), 0
+        a, b, held = features.of_queries(q_), features.of_keys(k_), 0
         if linear:
             held, extremes = num_in_range(a, b, real, extremes)
         if held > 0:
@@ -209,54 +222,22 @@ def causal_features(
 
 
 def bidirectional_features(
-    log_x: LogFeatures,
-    log_y: LogFeatures,
+    features: LogLinear,
     q: Float[Tensor, "b h n d"],
     k: Float[Tensor, "b h l d"],
     v: Float[Tensor, "b h l dv"],
     key_padding_mask: Bool[Tensor, "b l"] | None,
 ) -> Float[Tensor, "b h n dv"]:
-    """Every query over every real key."""
-    queries, keys = q.flatten(0, 1).split(PIECE, 1), _pieces(k, k, v, key_padding_mask, PIECE)
-    outs = _linear_outputs(log_x, log_y, queries, keys) if host_reads_are_free(q) else None
-    if outs is None:
-        past = None
-        for _, k_, v_, real in keys:
-            fresh = keys_to_features(log_y(k_), v_, real)
-            past = fresh if past is None else _merged(past, fresh)
-        assert past is not None, "there is at least one key"
-        outs = [features_to_queries(log_x(q_), *past)[0] for q_ in queries]
-        if key_padding_mask is not None:
-            seen = key_padding_mask.any(-1).repeat_interleave(q.shape[1])
-            outs = [out * seen[:, None, None] for out in outs]
-    return torch.cat(outs, 1).unflatten(0, q.shape[:2])
-
-
-def _linear_outputs(
-    log_x: LogFeatures, log_y: LogFeatures, queries: tuple[Tensor, ...], keys: list[tuple]
-) -> list[Tensor] | None:
-    """The outputs in the linear domain, or None where some token leaves its range."""
-    sums, extremes = None, None
-    for _, k_, v_, real in keys:
-        b = log_y(k_)
-        held, extremes = num_in_range(torch.zeros_like(b), b, real, extremes)
-        if held < b.shape[1]:
-            return None
-        f_y = b.exp() if real is None else torch.where(real[..., None], b.exp(), 0)
-        if sums is None:
-            sums = FeatureSums(torch.bmm(f_y.mT, v_), f_y.sum(-2))
-        else:
-            sums = FeatureSums(torch.baddbmm(sums.moment, f_y.mT, v_), sums.mass + f_y.sum(-2))
-    assert sums is not None, "there is at least one key"
-    outs = []
-    for q_ in queries:
-        a = log_x(q_)
-        held, extremes = num_in_range(a, torch.zeros_like(a), None, extremes)
-        if held < a.shape[1]:
-            return None
-        f_x = torch.exp(a - a.detach().amax(-1, keepdim=True))
-        outs.append(normalized(torch.bmm(f_x, sums.moment), torch.bmm(f_x, sums.mass[..., None]).squeeze(-1)))
-    return outs
+    """Every query over every real key: the two softmax attentions of the log domain, each by the fused kernel."""
+    # |k|^2/2 goes in as a coordinate: the `bias` of partial_attention receives no gradient.
+    norms = k.square().sum(-1, keepdim=True) * (-(k.shape[-1] ** -0.5) / 2)
+    rows = F.pad(features.rows, (0, 1), value=1.0)
+    masks = {"key_padding_mask": key_padding_mask, "scale": 1.0}
+    values, log_mass = partial_attention(rows, torch.cat([k, norms], -1), v, **masks)
+    # An inner product with -inf has no gradient: no key at all enters with a mass of e^{-10^37}.
+    log_mass = (log_mass if features.shift is None else log_mass + features.shift).clamp_min(_floor(v))
+    keys = torch.cat([features.rows, log_mass[..., None]], -1)
+    return partial_attention(F.pad(q, (0, 1), value=1.0), keys, values, scale=1.0)[0]
 
 
 def _floor(like: Tensor) -> float:
