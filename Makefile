@@ -9,7 +9,7 @@ export PYTHONUNBUFFERED := 1
 .PHONY: repro test setup lint clean
 
 repro: setup
-	@echo "== dvc repro: fetch, prepare, train, accuracy, approximate, converge, report"
+	@echo "== dvc repro: fetch, prepare, train, accuracy, approximate, converge, variance, report"
 	dvc repro
 	@python -m attnlens.report
 

@@ -2,7 +2,9 @@
 
 import pandas
 
-from attnlens.report.study import task_table
+from attnlens.report.study import latest, orders_table, task_table
+
+from .synthetic import METHODS, converged
 
 
 def rows(method, budgets, **values):
@@ -33,3 +35,19 @@ def test_a_method_that_does_not_apply_says_why():
     (found,) = cells(rows("a", (None,), score=None, reason="`causal=True` is not possible with A; take another"))
     assert found[5] == "`causal=True` is not possible with A"
     assert set(found[6:]) == {"–"}
+
+
+def test_a_method_is_taken_from_the_last_table_that_has_it():
+    older = pandas.DataFrame(rows("a", (0.5,), achieved=0.1) + rows("b", (0.5,), achieved=0.2))
+    newer = pandas.DataFrame(rows("a", (0.25, 0.5), achieved=0.3))
+    found = latest([older, newer])
+    assert sorted(zip(found["method"], found["achieved"], strict=True)) == [("a", 0.3), ("a", 0.3), ("b", 0.2)]
+
+
+def test_orders_stand_beside_what_was_declared():
+    lines = orders_table({name: converged(name) for name in METHODS}).splitlines()
+    named = {line.split("|")[2].strip(): [cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]}
+    assert set(named) == {f"`{name}`" for name, method in METHODS.items() if method[2] is not None}
+    performer = named["`performer`"]
+    assert performer[2:5] == ["`num_features`", "0.5", "-0.50 ± 0.01 (kernel)"]
+    assert performer[-1] == "0.09, 0.90"

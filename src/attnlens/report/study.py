@@ -1,18 +1,22 @@
-"""A study's table as a page of Markdown: every method on every budget, task by task.
+"""A study's table as a page of Markdown: every method on every budget, task by task; and the orders of convergence.
 
-    python -m attnlens.report.study results/table.parquet docs/study.md
+    python -m attnlens.report.study docs/study.md results/table.parquet
+    python -m attnlens.report.study docs/study.md results/table.parquet --converge results/converge
 
-What stands between `<!-- task -->` and `<!-- /task -->` is replaced for each task of the table, the rest of the page is
-kept; rows average over seeds.
+What stands between `<!-- task -->` and `<!-- /task -->` is replaced for each task of the table, and what stands between
+`<!-- orders -->` and `<!-- /orders -->`; the rest of the page is kept. Rows average over seeds. Of several tables, or
+folders, a method is taken from the last that has it.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 import pandas
 
-from attnlens.files import atomic
+from attnlens.files import atomic, read_json
+from attnlens.report.methods import slopes
 from attnlens.report.readme import fill
 
 HEAD = (
@@ -20,6 +24,8 @@ HEAD = (
     *("error", "skill", "best rank r", "exact top k", "row sums"),
 )
 MEASURED = ("error", "skill", "rank_r_error", "top_k_error")
+# The budget whose output errors stand for a curve.
+SHOWN = 64
 
 
 def task_table(table: pandas.DataFrame, task: str) -> str:
@@ -76,14 +82,55 @@ def _short(reason: str) -> str:
     return reason.split(";")[0].split(":")[0].replace("|", "/")
 
 
+def latest(tables: Sequence[pandas.DataFrame]) -> pandas.DataFrame:
+    """All rows, those of a method from the last table that has it."""
+    kept: list[pandas.DataFrame] = []
+    for table in tables:
+        methods = table["method"].unique().tolist()
+        kept = [*(older.loc[~older["method"].isin(methods)] for older in kept), table]
+    return pandas.concat(kept, ignore_index=True)
+
+
+def orders_table(results: Mapping[str, Mapping]) -> str:
+    """Declared order, measured slope, and output errors at one budget, of every method that has a curve."""
+    scales = sorted({point["logit_scale"] for result in results.values() for point in result["points"]})
+    head = ["family", "method", "budget", "declared", "slope (of)"]
+    head += [f"error at {SHOWN}, logit scale {scale:g}" for scale in scales] + ["mean(V)"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for name, result in sorted(results.items(), key=lambda item: (item[1]["family"], item[0])):
+        if not result["points"]:
+            continue
+        at = {p["logit_scale"]: p["error"] for p in result["points"] if p["argument"] == SHOWN}
+        null = {entry["logit_scale"]: entry["error"] for entry in result["null"]}
+        order = "–" if result["order"] is None else f"{result['order']:g}"
+        cells = [result["family"], f"`{name}`", f"`{result['budget']}`", order, slopes(result)]
+        cells += [_error(at.get(scale)) for scale in scales] + [", ".join(_error(null.get(s)) for s in scales)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _error(value: float | None) -> str:
+    return "–" if value is None else "0" if value < 1e-9 else _number(value)
+
+
+def _read(path: Path) -> dict:
+    found = read_json(path)
+    assert isinstance(found, dict), f"{path} holds no record"
+    return found
+
+
 def main() -> None:
     """Fill the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path, help="results/table.parquet of the study")
     parser.add_argument("page", type=Path, help="a page with a place for each task")
+    parser.add_argument("table", type=Path, nargs="+", help="results/table.parquet of the study, or of several")
+    parser.add_argument("--converge", type=Path, nargs="*", default=[], help="results/converge of the same studies")
     paths = parser.parse_args()
-    table = pandas.read_parquet(paths.table)
+    table = latest([pandas.read_parquet(path) for path in paths.table])
     tables = {task: task_table(table, task) for task in table["task"].unique()}
+    files = [file for folder in paths.converge for file in sorted(folder.glob("*.json"))]
+    if files:
+        tables["orders"] = orders_table({file.stem: _read(file) for file in files})
     text = fill(paths.page.read_text(encoding="utf-8"), tables, paths.page.name)
     with atomic(paths.page) as aside:
         aside.write_text(text, encoding="utf-8")
