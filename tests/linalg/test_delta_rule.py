@@ -13,7 +13,7 @@ def draw(length, decay=True):
     beta, g = (torch.randn(2, 3, length, generator=generator, dtype=torch.float64) for _ in range(2))
     return [
         None if x is None else x.detach().requires_grad_()
-        for x in (unit(q), unit(k), v, beta.sigmoid(), -g.abs() / 4 if decay else None)
+        for x in (q, k, v, beta.sigmoid(), -g.abs() / 4 if decay else None)
     ]
 
 
@@ -23,7 +23,8 @@ def draw(length, decay=True):
 def test_chunks_equal_one_linear_system_forward_and_backward(length, decay, causal):
     inputs = draw(length, decay)
     given = [x for x in inputs if x is not None]
-    found, expected = delta_rule(*inputs, causal=causal), delta_dense(*inputs, causal=causal)
+    q, k, *rest = inputs
+    found, expected = delta_rule(*inputs, causal=causal), delta_dense(unit(q), unit(k), *rest, causal=causal)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-11)
     found, expected = (torch.autograd.grad(x.square().sum(), given) for x in (found, expected))
     for a, b in zip(found, expected, strict=True):
@@ -41,6 +42,7 @@ def test_one_query_over_the_keys_so_far_is_the_last_causal_row():
 def test_the_memory_is_bounded_by_what_was_written(length):
     """|S_n| <= sum beta |v|, since every step multiplies by a contraction; without the correction it would not be."""
     _, k, v, _, _ = draw(length, False)
+    k = unit(k)
     for beta in (torch.ones(2, 3, length, dtype=torch.float64), torch.rand(2, 3, length, dtype=torch.float64)):
         memory = chunked_scan(k, k, v, beta=beta, final_state=True)[0]
         size = torch.linalg.matrix_norm(memory, 2)

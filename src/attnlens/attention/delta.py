@@ -73,7 +73,7 @@ class Delta(AbstractRecurrentAttention):
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
         beta = self._gates(k, key_padding_mask)
-        return delta_rule(unit(q), unit(k), v, beta, None, causal=causal)
+        return delta_rule(q, k, v, beta, None, causal=causal)
 
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> ScanState:
         """An empty memory."""
@@ -90,7 +90,7 @@ class Delta(AbstractRecurrentAttention):
         memory = ScanState(*state).memory
         queries, keys, values = (x.to(memory.dtype) for x in (q, k, v))
         beta = self._gates(keys, None)
-        after, out = chunked_scan(unit(queries), unit(keys), values, beta=beta, state=memory, final_state=True)
+        after, out = chunked_scan(queries, keys, values, beta=beta, state=memory, final_state=True, unit=True)
         assert after is not None
         return ScanState(after), out.to(q.dtype)
 

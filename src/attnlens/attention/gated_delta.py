@@ -77,7 +77,7 @@ class GatedDelta(AbstractRecurrentAttention):
         key_padding_mask: Bool[Tensor, "b m"] | None,
     ) -> Float[Tensor, "b h n dv"]:
         beta, log_decay = self._gates(k, key_padding_mask)
-        return delta_rule(unit(q), unit(k), v, beta, log_decay, causal=causal)
+        return delta_rule(q, k, v, beta, log_decay, causal=causal)
 
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> ScanState:
         """An empty memory."""
@@ -95,7 +95,7 @@ class GatedDelta(AbstractRecurrentAttention):
         queries, keys, values = (x.to(memory.dtype) for x in (q, k, v))
         beta, log_decay = self._gates(keys, None)
         after, out = chunked_scan(
-            unit(queries), unit(keys), values, log_decay=log_decay, beta=beta, state=memory, final_state=True
+            queries, keys, values, log_decay=log_decay, beta=beta, state=memory, final_state=True, unit=True
         )
         assert after is not None
         return ScanState(after), out.to(q.dtype)

@@ -51,10 +51,10 @@ def delta_rule(
     *,
     causal: bool,
 ) -> Float[Tensor, "b h n dv"]:
-    """The same by chunks."""
+    """The same by chunks, of q and k scaled to unit length."""
     if causal:
-        return chunked_scan(q, k, v, log_decay=log_decay, beta=beta)[1]
+        return chunked_scan(q, k, v, log_decay=log_decay, beta=beta, unit=True)[1]
     # No query asks on the way. Not `k` twice: the compiler takes no tensor for two arguments.
-    memory, _ = chunked_scan(torch.zeros_like(k), k, v, log_decay=log_decay, beta=beta, final_state=True)
+    memory, _ = chunked_scan(torch.zeros_like(k), k, v, log_decay=log_decay, beta=beta, final_state=True, unit=True)
     assert memory is not None
-    return q @ memory
+    return unit(q) @ memory

@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 SHORTEST, LONGEST = 16, 64
 # With a triangular system, which is solved at a fifth of the rate of a product, shorter chunks pay.
@@ -70,14 +71,16 @@ def chunked_scan(
     state: Float[Tensor, "b h d dv"] | None = None,
     final_state: bool = False,
     chunk: int | None = None,
+    unit: bool = False,
 ) -> tuple[Float[Tensor, "b h d dv"] | None, Float[Tensor, "b h n dv"]]:
     """The recurrence of the module docstring from `state` (None: zero) on; the state after the last token where
-    `final_state` asks for it. Decays should have passed attnlens.linalg.decay.bounded_decay."""
+    `final_state` asks for it. Decays should have passed attnlens.linalg.decay.bounded_decay. With `unit`, q and k are
+    scaled to unit length, chunk by chunk, so that no scaled copy of them is made."""
     if chunk is None:
         chunk = min(chunk_length(q.shape[2]), LONGEST if beta is None else LONGEST_SOLVED)
     # One batch axis: with two, every product pays for expanding and reshaping them.
     flat = [x if x is None else x.flatten(0, 1) for x in (q, k, v, log_decay, beta, state)]
-    out, last = _Scan.apply(*flat, chunk, final_state)
+    out, last = _Scan.apply(*flat, chunk, final_state, unit)
     return last.unflatten(0, q.shape[:2]) if final_state else None, out.unflatten(0, q.shape[:2])
 
 
@@ -134,7 +137,7 @@ def _split(chunk: int, *tensors: Tensor | None) -> list[tuple[Any, ...]]:
 
 
 def _forward(
-    chunks: list[tuple[Any, ...]], state: Tensor | None, final_state: bool, saved: bool
+    chunks: list[tuple[Any, ...]], state: Tensor | None, final_state: bool, saved: bool, unit: bool
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """(out, U, the state before every chunk and the last one where asked for); U is None where it is V.
 
@@ -143,6 +146,8 @@ def _forward(
     states: list[Tensor | None] = [state]
     outs, written = [], []
     for index, (q, k, v, log_decay, beta) in enumerate(chunks):
+        if unit:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         c, past, u = _chunk(q, k, log_decay, beta), states[-1], v
         if c.steps is not None:
             right = v * beta[..., None]
@@ -210,6 +215,22 @@ def _backward_chunk(
     return _Adjoint(grad_q, grad_k, grad_right * beta[..., None], grad_decay, grad_beta, grad_past)
 
 
+def _unit_backward_chunk(
+    inputs: tuple[Any, ...], past: Tensor | None, after: Tensor | None, grad_out: Tensor, grad_after: Tensor | None
+) -> _Adjoint:
+    """The same where q and k were scaled to unit length."""
+    q, k, *rest = inputs
+    unit_q, unit_k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    found = _backward_chunk((unit_q, unit_k, *rest), past, after, grad_out, grad_after)
+    return found._replace(q=_through_unit(found.q, q, unit_q), k=_through_unit(found.k, k, unit_k))
+
+
+def _through_unit(grad: Tensor, x: Tensor, unit: Tensor) -> Tensor:
+    """The gradient of x from that of x / |x|."""
+    along = torch.linalg.vecdot(grad, unit)[..., None]
+    return torch.addcmul(grad, unit, along, value=-1) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+
+
 class _Scan(torch.autograd.Function):
     """`chunked_scan` with the backward pass of the module docstring."""
 
@@ -224,10 +245,11 @@ class _Scan(torch.autograd.Function):
         state: Tensor | None,
         chunk: int,
         final_state: bool,
+        unit: bool,
     ) -> tuple[Tensor, Tensor]:
         saved = any(ctx.needs_input_grad)
-        out, written, states = _forward(_split(chunk, q, k, v, log_decay, beta), state, final_state, saved)
-        ctx.chunk, ctx.final_state = chunk, final_state
+        out, written, states = _forward(_split(chunk, q, k, v, log_decay, beta), state, final_state, saved, unit)
+        ctx.chunk, ctx.final_state, ctx.unit = chunk, final_state, unit
         ctx.save_for_backward(q, k, v, log_decay, beta, written, out, *states)
         last = states[-1] if final_state else None
         return out, q.new_empty(0) if last is None else last
@@ -246,9 +268,10 @@ class _Scan(torch.autograd.Function):
         adjoints = []
         for index in reversed(range(len(chunks))):
             grads = grad_out.split(ctx.chunk, 1)[index]
-            adjoints.append(_backward_chunk(chunks[index], states[index], states[index + 1], grads, carried))
+            adjoint = _unit_backward_chunk if ctx.unit else _backward_chunk
+            adjoints.append(adjoint(chunks[index], states[index], states[index + 1], grads, carried))
             carried = adjoints[-1].past
         q_, k_, v_, decay_, beta_, _ = (
             None if parts[0] is None else torch.cat(parts[::-1], 1) for parts in zip(*adjoints, strict=True)
         )
-        return q_, k_, v_, decay_, beta_, carried if states[0] is not None else None, None, None
+        return q_, k_, v_, decay_, beta_, carried if states[0] is not None else None, None, None, None
