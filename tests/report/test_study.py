@@ -2,9 +2,9 @@
 
 import pandas
 
-from attnlens.report.study import latest, orders_table, task_table
+from attnlens.report.study import latest, orders_table, task_table, write_figures
 
-from .synthetic import METHODS, converged
+from .synthetic import METHODS, converged, varied
 
 
 def rows(method, budgets, **values):
@@ -51,3 +51,13 @@ def test_orders_stand_beside_what_was_declared():
     performer = named["`performer`"]
     assert performer[2:5] == ["`num_features`", "0.5", "-0.50 ± 0.01 (kernel)"]
     assert performer[-1] == "0.09, 0.90"
+
+
+def test_figures_are_of_the_methods_that_draw(tmp_path):
+    results = {name: converged(name) for name in METHODS}
+    write_figures(tmp_path, results, varied())
+    assert {path.name for path in tmp_path.iterdir()} == {"convergence.png", "variance.png"}
+    fixed = {name: result | {"randomized": False} for name, result in results.items() if name != "performer"}
+    write_figures(tmp_path / "one", fixed | {"performer": results["performer"]}, varied())
+    first, second = ((folder / "convergence.png").read_bytes() for folder in (tmp_path, tmp_path / "one"))
+    assert first != second

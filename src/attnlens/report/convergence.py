@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import altair as alt
 
-from attnlens.report.cells import Cells
 from attnlens.report.columns import Row
 from attnlens.report.labels import LINE_PIXELS, spread
 from attnlens.report.palette import FAINT
@@ -29,9 +28,9 @@ class Panel:
     domain: tuple[float, float]
 
 
-def panels(cells: Cells, height: float = HEIGHT) -> list[Panel]:
+def panels(results: Mapping[str, Mapping], height: float = HEIGHT) -> list[Panel]:
     """Kernel estimates at the smallest logit scale, then outputs at every scale; empty panels are left out."""
-    measured = {a: cells.converge[a] for a in cells.axes.attention if cells.converge[a]["points"]}
+    measured = {name: result for name, result in results.items() if result["points"]}
     scales = sorted({point["logit_scale"] for result in measured.values() for point in result["points"]})
     found = [_panel(measured, scales[0], "kernel_error", height)] if scales else []
     found += [_panel(measured, scale, "error", height) for scale in scales]
@@ -83,9 +82,9 @@ def _labels(
     return labels
 
 
-def convergence_figure(cells: Cells, style: Style) -> alt.ConcatChart:
+def convergence_figure(results: Mapping[str, Mapping], style: Style) -> alt.ConcatChart:
     """Relative error against the budget argument, both logarithmic; gray: mean(V) of softmax and of other targets."""
-    return alt.concat(*(_chart(panel, style) for panel in panels(cells)), columns=2)
+    return alt.concat(*(_chart(panel, style) for panel in panels(results)), columns=2)
 
 
 def _chart(panel: Panel, style: Style) -> alt.LayerChart | alt.FacetChart:

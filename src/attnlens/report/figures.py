@@ -46,7 +46,7 @@ def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         "error": lambda style: error_figure(cells, rows, style),
         "prediction": lambda style: prediction_figure(cells, rows, style),
         "heads": lambda style: heads_figure(cells, style),
-        "convergence": lambda style: convergence_figure(cells, style),
+        "convergence": lambda style: convergence_figure(cells.converge, style),
         "variance": lambda style: variance_figure(cells.variance, style),
     }
     specs = {}
@@ -56,15 +56,15 @@ def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     return specs
 
 
-def write_images(folder: Path, specs: Mapping[str, dict[str, Any]]) -> list[Path]:
-    """Write every chart as `folder`/<name>.png, 2 pixels a point; equal charts give equal bytes."""
+def write_images(folder: Path, specs: Mapping[str, dict[str, Any]], scale: int = 2) -> list[Path]:
+    """Write every chart as `folder`/<name>.png, `scale` pixels a point; equal charts give equal bytes."""
     import vl_convert
 
     written = []
     for name, spec in specs.items():
         path = folder / f"{name}.png"
         with atomic(path) as aside:
-            aside.write_bytes(vl_convert.vegalite_to_png(spec, scale=2))
+            aside.write_bytes(vl_convert.vegalite_to_png(spec, scale=scale))
         written.append(path)
     return written
 

@@ -1,11 +1,12 @@
 """A study's table as a page of Markdown: every method on every budget, task by task; and the orders of convergence.
 
     python -m attnlens.report.study docs/study.md results/table.parquet
-    python -m attnlens.report.study docs/study.md results/table.parquet --converge results/converge
+    python -m attnlens.report.study docs/study.md results/table.parquet --converge results/converge --figures figures
 
 What stands between `<!-- task -->` and `<!-- /task -->` is replaced for each task of the table, and what stands between
 `<!-- orders -->` and `<!-- /orders -->`; the rest of the page is kept. Rows average over seeds. Of several tables, or
-folders, a method is taken from the last that has it.
+folders, a method is taken from the last that has it. Figures are of the methods that draw, and of the variance beside
+the last folder.
 """
 
 import argparse
@@ -109,6 +110,24 @@ def orders_table(results: Mapping[str, Mapping]) -> str:
     return "\n".join(lines)
 
 
+def write_figures(folder: Path, results: Mapping[str, Mapping], variance: Mapping) -> None:
+    """convergence.png of the methods that draw, and variance.png."""
+    from attnlens.report.convergence import convergence_figure
+    from attnlens.report.figures import write_images
+    from attnlens.report.style import Style
+    from attnlens.report.variance import variance_figure
+
+    drawn = {name: result for name, result in results.items() if result["randomized"] and result["points"]}
+    charts = {
+        "convergence": lambda style: convergence_figure(drawn, style),
+        "variance": lambda style: variance_figure(variance, style),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, chart in charts.items():
+        style = Style({method: str(result["family"]) for method, result in drawn.items()})
+        write_images(folder, {name: style.specification(chart(style))}, scale=1)
+
+
 def _error(value: float | None) -> str:
     return "–" if value is None else "0" if value < 1e-9 else _number(value)
 
@@ -125,12 +144,16 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="a page with a place for each task")
     parser.add_argument("table", type=Path, nargs="+", help="results/table.parquet of the study, or of several")
     parser.add_argument("--converge", type=Path, nargs="*", default=[], help="results/converge of the same studies")
+    parser.add_argument("--figures", type=Path, help="where to write the figures of convergence and variance")
     paths = parser.parse_args()
     table = latest([pandas.read_parquet(path) for path in paths.table])
     tables = {task: task_table(table, task) for task in table["task"].unique()}
     files = [file for folder in paths.converge for file in sorted(folder.glob("*.json"))]
     if files:
-        tables["orders"] = orders_table({file.stem: _read(file) for file in files})
+        results = {file.stem: _read(file) for file in files}
+        tables["orders"] = orders_table(results)
+        if paths.figures is not None:
+            write_figures(paths.figures, results, _read(paths.converge[-1].parent / "variance.json"))
     text = fill(paths.page.read_text(encoding="utf-8"), tables, paths.page.name)
     with atomic(paths.page) as aside:
         aside.write_text(text, encoding="utf-8")
