@@ -98,7 +98,9 @@ def _tensor(arguments: Arguments, name: str) -> Tensor:
 
 def _torch_formula(func: torch._ops.OpOverload, arguments: Arguments, out: object) -> Number | None:
     """Torch's own formula (matrix products, convolutions), with complex multiply-adds at their cost; None if none."""
-    formula = flop_registry.get(func.overloadpacket)
+    packet = func.overloadpacket
+    plain = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
+    formula = flop_registry.get(packet, flop_registry.get(plain))
     if formula is None:
         return None
     positional = [arguments[each.name] for each in func._schema.arguments if not each.kwarg_only]
