@@ -133,7 +133,7 @@ def test_an_operator_of_higher_arity_gets_its_keys_and_values_side_by_side(opera
         outputs.append(y)
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x, causal=True))
     if taps is None and not packed:
-        q, k, v = (layer._split(linear(x)) for linear in layer.inputs)
+        q, k, v = (layer._heads(linear(x), HEADS) for linear in layer.inputs)
         (q, k1), (_, k2) = (rope.rotate(q, part) for part in k.chunk(2, -1))
         expected = operator(q, torch.cat([k1, k2], -1), v)
         torch.testing.assert_close(layer(x), layer.output(expected.transpose(1, 2).flatten(2)))

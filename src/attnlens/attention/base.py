@@ -35,6 +35,7 @@ class AbstractAttention(nn.Module, ABC):
         host_step: the data-dependent step that keeps it off the meta device, or None.
         graph_break: why `torch.compile(fullgraph=True)` cannot take it, or None.
         native_half: whether its kernels keep statistics in float32 for half-precision inputs by themselves.
+        caches: whether it is exact softmax attention, which decodes from a cache of keys and values.
     """
 
     family: ClassVar[str]
@@ -52,6 +53,7 @@ class AbstractAttention(nn.Module, ABC):
     host_step: ClassVar[str | None] = None
     graph_break: ClassVar[str | None] = None
     native_half: ClassVar[bool] = False
+    caches: ClassVar[bool] = False
 
     @abstractmethod
     def attend(

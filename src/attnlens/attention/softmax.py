@@ -25,6 +25,7 @@ class Softmax(AbstractAttention):
     family = "exact"
     row_stochastic = True
     native_half = True
+    caches = True
 
     @classmethod
     def exact_at(cls, length: int) -> dict[str, object]:

@@ -28,9 +28,9 @@ class AbstractPosition(nn.Module):
         return x
 
     def rotate(
-        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], *, offset: int = 0
-    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
-        """Queries and keys of the tokens offset, ..., offset + n - 1 with their positions in them."""
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], *, offset: int = 0
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"]]:
+        """Queries and keys of the tokens offset, ..., offset + n - 1 with their positions in them; g divides h."""
         return q, k
 
     def check(self, length: int) -> None:

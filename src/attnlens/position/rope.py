@@ -55,8 +55,8 @@ class Rope(AbstractPosition):
         self.register_buffer("sin", angle.sin().to(torch.get_default_dtype()), persistent=False)
 
     def rotate(
-        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h n d"], *, offset: int = 0
-    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n d"]]:
+        self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], *, offset: int = 0
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"]]:
         self.check(offset + q.shape[2])
         cos = self.cos[offset : offset + q.shape[2]].to(q.dtype)
         sin = self.sin[offset : offset + q.shape[2]].to(q.dtype)

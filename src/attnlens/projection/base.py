@@ -1,12 +1,25 @@
 """What a projection is: it owns the weights, the positions and the cache around one attention operator."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from attnlens.attention.base import AbstractAttention
+from attnlens.cache.base import AbstractCache
+
+
+class Dims(NamedTuple):
+    """The widths that others need before a projection exists.
+
+    head_dim: of the queries and keys that the operator is given.
+    rotary_dim: of what a rotating position turns.
+    """
+
+    head_dim: int
+    rotary_dim: int
 
 
 class AbstractProjection(nn.Module, ABC):
@@ -17,6 +30,11 @@ class AbstractProjection(nn.Module, ABC):
     """
 
     attention: AbstractAttention
+
+    @classmethod
+    def dims(cls, width: int, num_heads: int, options: Mapping[str, Any]) -> Dims:
+        """The widths under the further arguments `options` of the constructor."""
+        return Dims(width // num_heads, width // num_heads)
 
     @abstractmethod
     def forward(
@@ -35,9 +53,25 @@ class AbstractProjection(nn.Module, ABC):
             ValueError: causal attention over a memory, or whatever the operator refuses.
         """
 
+    def remember(self, memory: Float[Tensor, "b m w"], *, key_padding_mask: Bool[Tensor, "b m"] | None = None) -> Any:
+        """What `recall` needs of a memory, computed once for all steps of decoding; the memory itself by default."""
+        return memory
+
+    def recall(
+        self, remembered: Any, x: Float[Tensor, "b n w"], key_padding_mask: Bool[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b n w"]:
+        """Attend from `x` to a remembered memory: equal to `forward(x, memory=memory, ...)`."""
+        return self(x, memory=remembered, key_padding_mask=key_padding_mask)
+
     @abstractmethod
-    def init_cache(self, batch: int, capacity: int) -> tuple:
-        """The cache (a NamedTuple) before the first of at most `capacity` tokens."""
+    def init_cache(self, batch: int, capacity: int, cache: AbstractCache | None = None) -> Any:
+        """The cache (a NamedTuple) before the first of at most `capacity` tokens.
+
+        `cache` says which keys and values exact attention keeps (all of them by default).
+
+        Raises:
+            ValueError: a `cache` that the projection or its operator has no use for.
+        """
 
     @abstractmethod
     def step(self, cache: Any, x: Float[Tensor, "b n w"]) -> tuple[Any, Float[Tensor, "b n w"]]:

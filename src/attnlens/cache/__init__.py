@@ -1,0 +1,1 @@
+"""What decoding keeps of the past: policies for the keys and values of exact attention."""
