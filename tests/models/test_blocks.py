@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attnlens.attention.softmax import Softmax
-from attnlens.models.block import PostNorm, PreNorm
+from attnlens.models.block import Memory, PeriNorm, PostNorm, PreNorm
 from attnlens.models.embedding import TokenEmbedding
 from attnlens.models.heads import PooledHead, TokenHead
 from attnlens.models.mlp import GeluMlp, SwigluMlp
@@ -22,9 +22,12 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def layer(kind, mlp=True, norm=torch.nn.LayerNorm, dropout=0.0):
-    norms = [norm(WIDTH) for _ in range(1 + mlp)]
-    return kind(Mha(Softmax(), WIDTH, 2), GeluMlp(WIDTH) if mlp else None, norms, dropout=dropout)
+def layer(kind, mlp=True, norm=torch.nn.LayerNorm, dropout=0.0, cross=False):
+    norms = [norm(WIDTH) for _ in range(kind.norms_per_part * (1 + mlp + cross))]
+    for weight in (parameter for one in norms for parameter in one.parameters()):
+        torch.nn.init.normal_(weight) if cross else None
+    memory = Mha(Softmax(), WIDTH, 2) if cross else None
+    return kind(Mha(Softmax(), WIDTH, 2), GeluMlp(WIDTH) if mlp else None, norms, cross=memory, dropout=dropout)
 
 
 def test_pre_norm():
@@ -39,11 +42,40 @@ def test_post_norm():
     torch.testing.assert_close(block(x), F.rms_norm(y + block.mlp(y), (WIDTH,)))
 
 
-@pytest.mark.parametrize("kind", [PreNorm, PostNorm])
+def test_peri_norm():
+    block, x = layer(PeriNorm), torch.randn(2, 5, WIDTH)
+    inner, outer, inner_mlp, outer_mlp = block.norms
+    y = x + outer(block.projection(inner(x)))
+    torch.testing.assert_close(block(x), y + outer_mlp(block.mlp(inner_mlp(y))))
+
+
+@pytest.mark.parametrize("kind", [PreNorm, PostNorm, PeriNorm])
 def test_without_a_network_there_is_one_part(kind):
     block, x = layer(kind, mlp=False), torch.randn(1, 3, WIDTH)
-    expected = x + block.projection(block.before(0, x))
-    torch.testing.assert_close(block(x), block.after(0, expected))
+    expected = block.after(0, x, block.projection(block.before(0, x)))
+    torch.testing.assert_close(block(x), expected)
+
+
+@pytest.mark.parametrize("kind", [PreNorm, PostNorm, PeriNorm])
+def test_attention_to_a_memory_stands_between_the_two(kind):
+    """And token by token it is the same, with keys and values of the memory computed once."""
+    block, x = layer(kind, cross=True), torch.randn(2, 4, WIDTH)
+    mask = torch.arange(6) < torch.tensor([[4], [6]])
+    memory = Memory(torch.randn(2, 6, WIDTH), mask)
+    y = block.after(0, x, block.projection(block.before(0, x), causal=True))
+    y = block.after(1, y, block.cross(block.before(1, y), memory=memory.tokens, key_padding_mask=mask))
+    expected = block.after(2, y, block.mlp(block.before(2, y)))
+    torch.testing.assert_close(block(x, causal=True, memory=memory), expected)
+    cache, outputs = block.init_cache(2, 4, memory=memory), []
+    for token in x.split(1, dim=1):
+        cache, out = block.step(cache, token)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected)
+
+
+def test_norms_that_do_not_fit_the_parts_are_refused():
+    with pytest.raises(ValueError, match="`norms` must be 4 for these parts of PeriNorm, got 2"):
+        PeriNorm(Mha(Softmax(), WIDTH, 2), GeluMlp(WIDTH), [torch.nn.LayerNorm(WIDTH) for _ in range(2)])
 
 
 def test_dropout_acts_in_training_only():

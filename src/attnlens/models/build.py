@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from attnlens.attention.base import AbstractAttention
 from attnlens.attention.build import build, derived_seed
 from attnlens.construct import construct
-from attnlens.models.base import AbstractModel
+from attnlens.models.base import AbstractKit, AbstractModel, Parts
 from attnlens.models.block import AbstractBlock
+from attnlens.models.heads import VectorHead
 from attnlens.position.base import AbstractPosition
+from attnlens.projection.base import AbstractProjection, Dims
 
 # Streams of random numbers that never meet: operators have layer numbers >= 0 as their second entropy word.
 WEIGHTS = 2**32 - 1
@@ -32,9 +34,8 @@ def build_model(config: DictConfig, meta: Mapping, *, seed: int) -> AbstractMode
     model = config.model
     if model.width % model.num_heads:
         raise ValueError(f"`model.width` must be a multiple of `model.num_heads`, got {model.width}, {model.num_heads}")
-    operators = [build_operator(config, meta, seed=seed, layer=layer) for layer in range(model.num_layers)]
     with seeded(derived_seed(seed, WEIGHTS)):
-        built = _assemble(config, meta, operators)
+        built = model_class(config).assemble(ConfigKit(config, meta, seed))
     if meta["causal"] and not built.causal:
         raise ValueError(
             f"`model` is {type(built).__name__}, which sees the tokens after the present one, but the labels of "
@@ -48,17 +49,16 @@ def model_class(config: DictConfig) -> type[AbstractModel]:
     return get_class(config.model["_target_"])
 
 
-def build_operator(config: DictConfig, meta: Mapping, *, seed: int, layer: int = 0) -> AbstractAttention:
-    """The attention operator of one layer."""
-    with seeded(derived_seed(seed, layer)):
-        return build(
-            config.attention,
-            head_dim=config.model.width // config.model.num_heads,
-            num_heads=config.model.num_heads,
-            max_length=meta["length"],
-            seed=seed,
-            layer=layer,
-        )
+def build_operator(
+    config: DictConfig, meta: Mapping, *, seed: int, layer: int = 0, max_length: int | None = None
+) -> AbstractAttention:
+    """The attention operator of one layer, for sequences of `max_length` (by default those of the data)."""
+    return _operator(config, config.attention, seed, layer, max_length or meta["length"])
+
+
+def runs_causally(config: DictConfig) -> bool:
+    """Whether the operator of `config.attention` is asked to be causal anywhere in the model."""
+    return model_class(config).causal and config.model.get("decoder_attention") is None
 
 
 def refusal(operator: AbstractAttention, *, causal: bool) -> str | None:
@@ -84,32 +84,84 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _assemble(config: DictConfig, meta: Mapping, operators: list[AbstractAttention]) -> AbstractModel:
-    model = config.model
-    offered = {
-        "width": model.width,
-        "num_heads": model.num_heads,
-        "head_dim": model.width // model.num_heads,
-        "max_length": meta["length"],
-        "vocabulary_size": meta["vocabulary_size"],
-        "num_outputs": meta["num_outputs"],
-        "normalized_shape": model.width,
-    }
-    embedding = construct(model.embedding, offered)
-    position = construct(config.position, offered)
-    blocks = [_block(config, offered, operator, position) for operator in operators]
-    norm = nn.Identity() if blocks[-1].normalized else construct(model.norm, offered)
-    head = construct(model.head, offered)
-    parts = {"embedding": embedding, "position": position, "blocks": blocks, "norm": norm, "head": head}
-    return construct({"_target_": model["_target_"]}, parts)
+class ConfigKit(AbstractKit):
+    """Parts of a model as a config has them.
+
+    Layers are numbered through the model, first those of the encoder, then those of the decoder, then the attentions
+    to the memory: the number decides what an operator draws.
+    """
+
+    def __init__(self, config: DictConfig, meta: Mapping, seed: int) -> None:
+        self.config, self.meta, self.seed = config, meta, seed
+
+    def parts(self) -> Parts:
+        model, meta = self.config.model, self.meta
+        return self._stack(range(model.num_layers), meta["vocabulary_size"], meta["length"], model.head)
+
+    def source_parts(self) -> Parts:
+        model, meta = self.config.model, self.meta
+        head = {"_target_": f"{VectorHead.__module__}.{VectorHead.__name__}"}
+        return self._stack(range(model.num_encoder_layers), meta["vocabulary_size"], meta["length"], head)
+
+    def target_parts(self) -> Parts:
+        model, meta = self.config.model, self.meta
+        layers = range(model.num_encoder_layers, model.num_encoder_layers + model.num_layers)
+        return self._stack(layers, meta["num_outputs"], meta["target_length"], model.head, cross=True)
+
+    def _stack(
+        self, layers: range, vocabulary_size: int, length: int, head: Mapping | DictConfig, *, cross: bool = False
+    ) -> Parts:
+        config, model = self.config, self.config.model
+        offered = {
+            "width": model.width,
+            "num_heads": model.num_heads,
+            "head_dim": _dims(config).rotary_dim,
+            "max_length": length,
+            "vocabulary_size": vocabulary_size,
+            "num_outputs": self.meta["num_outputs"],
+            "normalized_shape": model.width,
+        }
+        embedding = construct(model.embedding, offered)
+        position = construct(config.position, offered)
+        wanted = model.get("embedding_norm")
+        embedding_norm = None if wanted is None else construct(wanted, offered)
+        blocks = [self._block(offered, layer, position, cross) for layer in layers]
+        norm = nn.Identity() if blocks[-1].normalized else construct(model.norm, offered)
+        return Parts(embedding, position, blocks, norm, construct(head, offered), embedding_norm)
+
+    def _block(self, offered: Mapping, layer: int, position: AbstractPosition, cross: bool) -> AbstractBlock:
+        model = self.config.model
+        own = (model.get("decoder_attention") if cross else None) or self.config.attention
+        projection = self._projection(offered, own, layer, position if position.rotates else None)
+        memory = None
+        if cross:
+            last = model.num_encoder_layers + model.num_layers
+            memory = self._projection(offered, model.cross_attention or self.config.attention, last + layer, None)
+        mlp = None if model.mlp is None else construct(model.mlp, offered)
+        count = get_class(model.block["_target_"]).norms_per_part * (1 + cross + (mlp is not None))
+        norms = [construct(model.norm, offered) for _ in range(count)]
+        return construct(model.block, {"projection": projection, "mlp": mlp, "norms": norms, "cross": memory})
+
+    def _projection(
+        self, offered: Mapping, attention: DictConfig, layer: int, position: AbstractPosition | None
+    ) -> AbstractProjection:
+        operator = _operator(self.config, attention, self.seed, layer, offered["max_length"])
+        return construct(self.config.projection, {**offered, "attention": operator, "position": position})
 
 
-def _block(
-    config: DictConfig, offered: Mapping, operator: AbstractAttention, position: AbstractPosition
-) -> AbstractBlock:
-    model = config.model
-    rotation = position if position.rotates else None
-    projection = construct(config.projection, {**offered, "attention": operator, "position": rotation})
-    mlp = None if model.mlp is None else construct(model.mlp, offered)
-    norms = [construct(model.norm, offered) for _ in range(1 if mlp is None else 2)]
-    return construct(model.block, {"projection": projection, "mlp": mlp, "norms": norms})
+def _operator(config: DictConfig, attention: DictConfig, seed: int, layer: int, max_length: int) -> AbstractAttention:
+    with seeded(derived_seed(seed, layer)):
+        return build(
+            attention,
+            head_dim=_dims(config).head_dim,
+            num_heads=config.model.num_heads,
+            max_length=max_length,
+            seed=seed,
+            layer=layer,
+        )
+
+
+def _dims(config: DictConfig) -> Dims:
+    options = {name: value for name, value in config.projection.items() if name != "_target_"}
+    projection = get_class(config.projection["_target_"])
+    return projection.dims(config.model.width, config.model.num_heads, options)

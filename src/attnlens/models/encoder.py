@@ -5,11 +5,11 @@ Reference: "BERT: pre-training of deep bidirectional Transformers", Devlin et al
 
 from typing import ClassVar, final
 
-from attnlens.models.base import AbstractModel
+from attnlens.models.base import AbstractStack
 
 
 @final
-class Encoder(AbstractModel):
+class Encoder(AbstractStack):
     """Token ids to logits through bidirectional attention."""
 
     causal: ClassVar[bool] = False

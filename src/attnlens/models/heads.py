@@ -1,4 +1,4 @@
-"""The last linear map: one answer for each token, or one for the sequence."""
+"""What follows the last norm: one answer for each token, one for the sequence, or the vectors as they are."""
 
 from typing import final
 
@@ -38,3 +38,13 @@ class PooledHead(nn.Module):
         total = torch.where(real, x, 0).sum(dim=1)
         # A sequence of padding alone has no mean; zero is at least finite.
         return self.linear(total / real.sum(dim=1).clamp(min=1))
+
+
+@final
+class VectorHead(nn.Module):
+    """The vectors themselves, which a decoder attends to."""
+
+    def forward(
+        self, x: Float[Tensor, "b n w"], *, key_padding_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n w"]:
+        return x

@@ -18,7 +18,7 @@ from attnlens.construct import construct
 from attnlens.data.module import DataModule
 from attnlens.files import atomic, write_json
 from attnlens.models.base import AbstractModel
-from attnlens.models.build import build_model, build_operator, model_class, refusal
+from attnlens.models.build import build_model, build_operator, refusal, runs_causally
 from attnlens.training.callbacks import Checkpoint, Progress
 from attnlens.training.capture import save_capture
 from attnlens.training.evaluate import Result, evaluate
@@ -36,7 +36,7 @@ def run_seed(job: Job) -> Outcome:
     torch.set_num_threads(1)
     data = DataModule(f"data/prepared/{job.data}", batch_size=config.training.batch_size, seed=job.seed)
     operator = build_operator(config, data.meta, seed=job.seed)
-    reason = refusal(operator, causal=model_class(config).causal)
+    reason = refusal(operator, causal=runs_causally(config))
     if reason is not None:
         print(f"{job.label}: not applicable: {reason}", flush=True)
         return Outcome(None, 0, reason)
