@@ -12,8 +12,8 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 META = {"data": "toy", "causal": False, "length": 12, "vocabulary_size": 11, "num_outputs": 11}
 
 
-def config(attention="softmax", position="none", model="encoder", *, changes=None):
-    groups = {"attention": attention, "projection": "mha", "position": position, "model": model}
+def config(attention="softmax", position="none", model="encoder", *, projection="mha", changes=None):
+    groups = {"attention": attention, "projection": projection, "position": position, "model": model}
     loaded = OmegaConf.create({group: OmegaConf.load(CONF / group / f"{name}.yaml") for group, name in groups.items()})
     return OmegaConf.merge(loaded, OmegaConf.create(changes or {}))
 
