@@ -52,3 +52,15 @@ def test_a_query_that_saw_nothing_gives_zero_with_a_finite_gradient():
     assert (out == 0).all()
     assert normalizer.grad.isfinite().all()
     assert numerator.grad[0, 0, 1, 0] == 0.5
+
+
+def test_a_small_normalizer_has_a_finite_gradient():
+    """Matching a Performer to a trained layer stopped at its first step: at a mass of e^-46, well inside the range of
+    float32, the gradient of 1 / mass was e^92, which is not."""
+    mass = torch.tensor([2.0**-66, 2.0**-100], requires_grad=True)
+    moment = (torch.tensor([[1.0], [3.0]]) * mass.detach()[:, None]).requires_grad_()
+    out = normalized(moment, mass)
+    torch.testing.assert_close(out, torch.tensor([[1.0], [3.0]]))
+    found = torch.autograd.grad(out.sum(), (moment, mass))
+    torch.testing.assert_close(found[0], 1 / mass.detach()[:, None])
+    torch.testing.assert_close(found[1], -torch.tensor([1.0, 3.0]) / mass.detach())

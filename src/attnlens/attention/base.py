@@ -97,6 +97,15 @@ class AbstractAttention(nn.Module, ABC):
         """The naive float64 answer of the target; softmax attention unless the operator has another target."""
         return softmax_naive(q.double(), k.double(), v.double(), causal=causal, key_padding_mask=key_padding_mask)
 
+    def calibrate(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        key_padding_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> bool:
+        """Fit what the operator learns from data without training, in place; whether there is anything to fit."""
+        return False
+
     def kernel(self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n m"]:
         """The unnormalized kernel estimate of this draw, materialized; only where `unbiased` is declared."""
         raise NotImplementedError

@@ -76,6 +76,16 @@ class FavorSharp(AbstractRecurrentAttention):
         self.register_buffer("coefficients", torch.zeros(num_heads, head_dim, device="cpu"))
         self.register_buffer("rotation", torch.eye(head_dim, device="cpu").repeat(num_heads, 1, 1))
 
+    def calibrate(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        key_padding_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> bool:
+        """By `fit`."""
+        self.fit(q, k, key_padding_mask)
+        return True
+
     def fit(
         self,
         queries: Float[Tensor, "b h n d"],

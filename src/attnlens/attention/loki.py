@@ -81,6 +81,16 @@ class Loki(AbstractAttention):
         self.basis: Tensor
         self.register_buffer("basis", torch.eye(head_dim, device="cpu").repeat(num_heads, 1, 1))
 
+    def calibrate(
+        self,
+        q: Float[Tensor, "b h n d"],
+        k: Float[Tensor, "b h m d"],
+        key_padding_mask: Bool[Tensor, "b m"] | None = None,
+    ) -> bool:
+        """By `fit`."""
+        self.fit(k, key_padding_mask)
+        return True
+
     def fit(
         self, keys: Float[Tensor, "b h n d"], key_padding_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "h d"]:

@@ -39,8 +39,9 @@ def normalized(
     numerator: Float[Tensor, "*batch n dv"], normalizer: Float[Tensor, "*batch n"]
 ) -> Float[Tensor, "*batch n dv"]:
     """numerator / normalizer, and zero where the normalizer is (a query that saw nothing)."""
-    empty = normalizer == 0
-    return numerator * torch.where(empty, 0, 1 / torch.where(empty, 1, normalizer))[..., None]
+    # A division, not a product with 1 / normalizer: the gradient of that is 1 / normalizer^2, which overflows in
+    # float32 for normalizers below e^-44 that are in range otherwise.
+    return numerator / normalizer.masked_fill(normalizer == 0, torch.inf)[..., None]
 
 
 def kernel_attention(

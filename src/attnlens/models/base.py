@@ -110,4 +110,10 @@ class AbstractStack(AbstractModel):
         x = self.embed(input_ids)
         for block in self.layers:
             x = block(x, causal=self.causal, key_padding_mask=key_padding_mask, memory=memory)
+        return self.finish(x, key_padding_mask=key_padding_mask)
+
+    def finish(
+        self, x: Float[Tensor, "b n w"], *, key_padding_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b n c"] | Float[Tensor, "b c"]:
+        """What comes behind the last block: the norm and the head."""
         return self.head(self.norm(x), key_padding_mask=key_padding_mask)
