@@ -9,6 +9,7 @@ from attnlens.attention.softmax import Softmax
 from attnlens.attention.window import Window
 from attnlens.cache.full import Full
 from attnlens.position.rope import Rope
+from attnlens.projection.collaborative import Collaborative
 from attnlens.projection.factored import FEW
 from attnlens.projection.mla import Mla
 
@@ -32,6 +33,10 @@ LAYERS = {
     "mla": mla,
     "mla with a latent query": lambda operator: mla(operator, query_rank=7, scale=0.4),
     "mla without rotation": lambda operator: mla(operator, rotary_dim=0, position=None, latent_norm=False),
+    "collaborative": lambda operator: Collaborative(operator, WIDTH, HEADS, 10),
+    "collaborative with biases": lambda operator: Collaborative(
+        operator, WIDTH, HEADS, 7, content_bias=True, bias=True
+    ),
 }
 OPERATORS = {"softmax": Softmax, "linear": Linear, "retention": Retention, "window": lambda: Window(3)}
 
