@@ -12,6 +12,7 @@ from attnlens.position.rope import Rope
 from attnlens.projection.collaborative import Collaborative
 from attnlens.projection.factored import FEW
 from attnlens.projection.mla import Mla
+from attnlens.projection.tpa import Tpa
 
 WIDTH, HEADS, LENGTH = 24, 3, 14
 
@@ -36,6 +37,13 @@ LAYERS = {
     "collaborative": lambda operator: Collaborative(operator, WIDTH, HEADS, 10),
     "collaborative with biases": lambda operator: Collaborative(
         operator, WIDTH, HEADS, 7, content_bias=True, bias=True
+    ),
+    "tpa": lambda operator: Tpa(operator, WIDTH, HEADS, 2, 2, 3, position=Rope(8, LENGTH)),
+    "tpa of order 3": lambda operator: Tpa(
+        operator, WIDTH, HEADS, 5, 2, 1, feature_dims=[2, 4], position=Rope(4, LENGTH)
+    ),
+    "tpa with constants": lambda operator: Tpa(
+        operator, WIDTH, HEADS, 3, 1, 3, contextual=False, position=Rope(8, LENGTH)
     ),
 }
 OPERATORS = {"softmax": Softmax, "linear": Linear, "retention": Retention, "window": lambda: Window(3)}
