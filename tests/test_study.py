@@ -15,6 +15,8 @@ GOOD = {
     "seeds": 2,
     "budgets": [0.25, 1],
     "reference": "softmax",
+    "subject": [],
+    "substitution": ["mean"],
 }
 
 
@@ -25,7 +27,7 @@ def write(folder, **changes):
 
 
 def test_the_axes(tmp_path):
-    expected = Study(("shakespeare",), ("mqar",), ("softmax", "mean"), "mha", 2, (0.25, 1.0), "softmax")
+    expected = Study(("shakespeare",), ("mqar",), ("softmax", "mean"), "mha", 2, (0.25, 1.0), "softmax", (), ("mean",))
     assert read_params(write(tmp_path)) == expected
 
 
@@ -36,6 +38,7 @@ def test_the_axes(tmp_path):
         ({"seeds": ...}, r"lacks \['seeds'\]"),
         ({"data": []}, "`data` must be a list"),
         ({"attention": "softmax"}, "`attention` must be a list"),
+        ({"subject": "mqar"}, "`subject` must be a list"),
         ({"attention": ["softmax", "softmax"]}, "twice"),
         ({"projection": ["mha"]}, "`projection` must be one name"),
         ({"seeds": 0}, "`seeds` must be"),

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from attnlens.files import read_json
 
+AXES = ("source", "data", "attention", "subject", "substitution")
+
 
 class Study(NamedTuple):
     """The axes.
@@ -15,6 +17,8 @@ class Study(NamedTuple):
     seeds: how many; they are 0 .. seeds - 1.
     budgets: fractions of exact attention's FLOPs.
     reference: the method whose models lend their Q, K, V to every other.
+    subject: trained models in which exact attention is replaced; may be empty.
+    substitution: the methods that replace it; may be empty.
     """
 
     source: tuple[str, ...]
@@ -24,6 +28,8 @@ class Study(NamedTuple):
     seeds: int
     budgets: tuple[float, ...]
     reference: str
+    subject: tuple[str, ...] = ()
+    substitution: tuple[str, ...] = ()
 
 
 def read_params(path: Path | str) -> Study:
@@ -40,7 +46,7 @@ def read_params(path: Path | str) -> Study:
     unknown, missing = sorted(set(params) - set(Study._fields)), sorted(set(Study._fields) - set(params))
     if unknown or missing:
         raise ValueError(f"`{path}` has unknown axes {unknown} and lacks {missing}; valid: {list(Study._fields)}")
-    names = {axis: _names(axis, params[axis]) for axis in ("source", "data", "attention")}
+    names = {axis: _names(axis, params[axis]) for axis in AXES}
     seeds, reference = params["seeds"], params["reference"]
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"`seeds` must be a number of seeds, at least 1, got {seeds!r}")
@@ -60,7 +66,7 @@ def read_params(path: Path | str) -> Study:
 def _names(axis: str, names: object) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`{axis}` must be a list of names, got {names!r}")
-    if not names and axis != "source":
+    if not names and axis in ("data", "attention"):
         raise ValueError(f"`{axis}` must be a list of at least one name, got {names!r}")
     if len(set(names)) < len(names):
         raise ValueError(f"`{axis}` names a value twice: {names}")

@@ -14,11 +14,14 @@ SMALL = {
         (r"attention:\n(  - \w+\n)+", "attention: [softmax, mean, random_keys]\n"),
         (r"seeds: .*", "seeds: 1"),
         (r"budgets: .*", "budgets: [0.5]"),
+        (r"subject: .*", "subject: [mqar]"),
+        (r"substitution: .*", "substitution: [mean]"),
     ],
     "conf/data/mqar.yaml": [(r"num_train: .*", "num_train: 64"), (r"num_(validation|test): .*", r"num_\1: 8")],
     "conf/experiment/mqar.yaml": [(r"steps: 300", "steps: 2"), (r"warmup_steps: .*", "warmup_steps: 1")],
     "conf/analysis/default.yaml": [(r"draws: .*", "draws: 2"), (r"resamples: .*", "resamples: 100")],
     "conf/analysis/converge.yaml": [(r"draws: .*", "draws: 2")],
+    "conf/substitute.yaml": [(r"steps: .*", "steps: 2")],
     "conf/common.yaml": [(r"logger: wandb", "logger: csv")],
 }
 
@@ -46,7 +49,7 @@ def repro(project: Path, *flags: str) -> set[str]:
 def test_a_study_from_nothing_then_only_what_changed(project):
     methods = ("softmax", "mean", "random_keys")
     everything = {"prepare@mqar", "accuracy", "variance", "report"}
-    everything |= {f"train@mqar-{name}" for name in methods}
+    everything |= {"substitute@mqar-mean"} | {f"train@mqar-{name}" for name in methods}
     everything |= {f"{stage}@{name}" for stage in ("approximate", "converge") for name in methods}
     assert repro(project) == everything
     assert (project / "report" / "index.html").stat().st_size > 100_000

@@ -108,6 +108,11 @@ def beam_search(
         following = logits[:, -1].float().log_softmax(-1).unflatten(0, (batch, width))
 
 
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all tensors of a cache, rows that are reserved and not yet filled left out."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(cache) if isinstance(leaf, Tensor))
+
+
 def _extend(
     scores: Float[Tensor, "b w"], following: Float[Tensor, "b w c"], ended: Tensor, end: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_model
 from torch import Tensor
 
 from attnlens.data.module import DataModule
 from attnlens.models.base import AbstractStack
-from attnlens.models.build import build_model
 from attnlens.study import seed_file
 from attnlens.substitution.subject import AbstractSource, AbstractSubject, Batch
+from attnlens.training.load import load_trained
 from attnlens.training.objective import scorer
 
 
@@ -38,15 +36,12 @@ class TrainedCell(AbstractSource):
     def load(self, root: Path) -> "TrainedSubject":
         weights = seed_file(root, self.attention, self.data, self.seed, "model.safetensors")
         data = DataModule(root / "data/prepared" / self.data, batch_size=1, seed=0)
-        config = OmegaConf.load(weights.parent / "config.yaml")
-        assert isinstance(config, DictConfig), "training writes a mapping"
-        model = build_model(config, data.meta, seed=self.seed)
+        model = load_trained(weights.parent, data.meta)
         if not isinstance(model, AbstractStack):
             raise ValueError(
                 f"`data` {self.data} has a model of two stacks: name a data set with an encoder or a decoder"
             )
-        load_model(model, str(weights))
-        return TrainedSubject(model.eval(), data, self)
+        return TrainedSubject(model, data, self)
 
 
 class TrainedSubject(AbstractSubject):
