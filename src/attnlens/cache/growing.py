@@ -45,7 +45,7 @@ class Growing:
     @property
     def tensor(self) -> Float[Tensor, "*axes n d"]:
         """The rows so far, as a view."""
-        return self.buffer.data[..., : self.length, :]
+        return self.buffer.data.narrow(-2, 0, self.length)
 
     def append(self, rows: Float[Tensor, "*axes n d"]) -> "Growing":
         """The value with further rows; `self` stays what it was.
@@ -58,7 +58,7 @@ class Growing:
         buffer = self.buffer
         if buffer.filled != self.length or length > buffer.data.shape[-2]:
             buffer = self._copy(max(length, min(2 * self.length, length + 4096)), rows)
-        buffer.data[..., self.length : length, :] = rows
+        buffer.data.narrow(-2, self.length, rows.shape[-2]).copy_(rows)
         buffer.filled = length
         return Growing(buffer, length)
 

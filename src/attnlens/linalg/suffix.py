@@ -10,8 +10,10 @@ Sources: "GQA: Training Generalized Multi-Query Transformer Models from Multi-He
 https://arxiv.org/abs/2305.13245; `merge` of linalg.partial.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from attnlens.linalg.partial import merge, partial_attention
 
@@ -31,7 +33,7 @@ def suffix_attention(
     """Causal attention of the queries of the last n tokens over all m of them; `scale` defaults to 1/sqrt(d)."""
     num_heads, n, groups, m = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     if n == 1:
-        return _unfold(partial_attention(_fold(q, groups), k, v, scale=scale)[0], num_heads)
+        return _unfold(_one_token(_fold(q, groups), k, v, scale), num_heads)
     new_k, new_v = (repeat_groups(x[:, :, m - n :], num_heads) for x in (k, v))
     own = partial_attention(q, new_k, new_v, causal=True, scale=scale)
     if m == n:
@@ -40,10 +42,26 @@ def suffix_attention(
     return merge((_unfold(past, num_heads), _unfold(lse[..., None], num_heads)[..., 0]), own)[0]
 
 
+def _one_token(
+    q: Float[Tensor, "b g r d"], k: Float[Tensor, "b g m d"], v: Float[Tensor, "b g m dv"], scale: float | None
+) -> Float[Tensor, "b g r dv"]:
+    """Attention of the r queries of one token over all keys, by the call with the least around its products."""
+    if q.numel() * k.shape[2] == 0:
+        return partial_attention(q, k, v, scale=scale)[0]
+    if v.shape[-1] == k.shape[-1]:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        # The CPU kernel answers a NaN query with zeros.
+        return out + 0 * q.sum(-1, keepdim=True)
+    # Unequal widths have no kernel, and PyTorch would scale a copy of all keys; scores are few beside them.
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * scale).float() @ k.float().mT if q.dtype.itemsize < 4 else (q * scale) @ k.mT
+    return torch.softmax(scores, -1).to(v.dtype) @ v
+
+
 def _fold(q: Float[Tensor, "b h n d"], groups: int) -> Float[Tensor, "b g r d"]:
     """The query heads of a group one below the other, r = (h/g) n."""
-    return q.unflatten(1, (groups, -1)).flatten(2, 3)
+    return q.reshape(q.shape[0], groups, -1, q.shape[3])
 
 
 def _unfold(out: Float[Tensor, "b g r d"], num_heads: int) -> Float[Tensor, "b h n d"]:
-    return out.unflatten(2, (num_heads // out.shape[1], -1)).flatten(1, 2)
+    return out.reshape(out.shape[0], num_heads, -1, out.shape[3])
