@@ -19,8 +19,9 @@ from peers import processor
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from attnlens.cache.full import Full, FullState
+from attnlens.cache.full import Full
 from attnlens.cache.growing import Growing
+from attnlens.cache.plain import PlainState
 from attnlens.files import write_json
 from attnlens.linalg.suffix import suffix_attention
 
@@ -52,10 +53,10 @@ def decoding(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], None]:
     """A step that appends the last of the keys to the others, from the same state at each call."""
     policy, new = Full(), (k[:, :, -1:], v[:, :, -1:])
     before = policy.init(1, GROUPS, HEAD_DIM, HEAD_DIM, capacity=k.shape[2], like=k)
-    before = FullState(before.keys.append(k[:, :, :-1]), before.values.append(v[:, :, :-1]))
+    before = PlainState(before.keys.append(k[:, :, :-1]), before.values.append(v[:, :, :-1]))
     # The first step copies into a buffer with room behind, as one in many does.
     after = policy.step(before, q, *new)[0]
-    before = FullState(*(Growing(x.buffer, x.length - 1) for x in after))
+    before = PlainState(*(Growing(x.buffer, x.length - 1) for x in after))
 
     def step() -> None:
         for x in before:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -38,16 +38,16 @@ class Growing:
         return Growing(_Buffer(like.new_empty(*axes, capacity, width), 0), 0)
 
     @staticmethod
-    def of(rows: Float[Tensor, "*axes n d"]) -> "Growing":
+    def of(rows: Shaped[Tensor, "*axes n d"]) -> "Growing":
         """The rows of a tensor, which is not copied and must not be changed afterwards."""
         return Growing(_Buffer(rows, rows.shape[-2]), rows.shape[-2])
 
     @property
-    def tensor(self) -> Float[Tensor, "*axes n d"]:
+    def tensor(self) -> Shaped[Tensor, "*axes n d"]:
         """The rows so far, as a view."""
         return self.buffer.data.narrow(-2, 0, self.length)
 
-    def append(self, rows: Float[Tensor, "*axes n d"]) -> "Growing":
+    def append(self, rows: Shaped[Tensor, "*axes n d"]) -> "Growing":
         """The value with further rows; `self` stays what it was.
 
         Where gradients are asked for nothing is written in place, and every append is a copy.
