@@ -141,7 +141,7 @@ class AbstractFactored(AbstractProjection):
         query = self.query(x)
         if self.attention.caches and x.shape[1] <= FEW:
             hidden = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
-            return self.merge(self._compressed(query, remembered, hidden))
+            return self.merge(self.attend_compressed(query, remembered, hidden))
         k, v = self.expand(remembered)
         return self.merge(self.attention(self.expand_query(query), k, v, key_padding_mask=key_padding_mask))
 
@@ -181,9 +181,12 @@ class AbstractFactored(AbstractProjection):
         if n > FEW:
             return suffix_attention(self.expand_query(query), *self.expand(kept))
         hidden = None if n == 1 else torch.ones(n, m, dtype=torch.bool, device=kept[0].device).triu(m - n + 1)
-        return self._compressed(query, kept, hidden)
+        return self.attend_compressed(query, kept, hidden)
 
-    def _compressed(self, query: tuple[Tensor, ...], kept: Kept, hidden: Tensor | None) -> Tensor:
+    def attend_compressed(
+        self, query: tuple[Tensor, ...], kept: Kept, hidden: Bool[Tensor, "..."] | None = None
+    ) -> Float[Tensor, "b h n dv"]:
+        """Exact attention without keys and values; `hidden` broadcasts to (b, h, n, m), None hides nothing."""
         scores = self.scores(query, kept)
         at_least = torch.promote_types(scores.dtype, torch.float32)
         if hidden is None:
