@@ -59,6 +59,8 @@ def write_study(root: Path) -> None:
         "seeds": len(SEEDS),
         "budgets": [*BUDGETS],
         "reference": "softmax",
+        "subject": ["shakespeare"],
+        "substitution": ["window", "performer", "smyrf"],
     }
     text = yaml.safe_dump(params, default_flow_style=None, sort_keys=False, width=1000)
     (root / "params.yaml").write_text(text, encoding="utf-8")
@@ -71,8 +73,25 @@ def write_study(root: Path) -> None:
         write_json(root / f"results/approximate/{attention}.json", _approximate(attention))
         write_json(root / f"results/converge/{attention}.json", converged(attention))
     write_json(root / "results/variance.json", varied())
+    for attention in ("window", "performer", "smyrf"):
+        write_json(root / f"results/substitute/shakespeare/{attention}.json", replaced(attention))
     for attention, data in _pairs():
         _train(root / f"models/{attention}/{data}", attention, data)
+
+
+def replaced(attention: str) -> dict:
+    """One operator in place of exact attention in a model of two layers."""
+    causal = METHODS[attention][3]
+    states = {"as is": 0.4, "matched": 0.1} if causal else {}
+    head = {"attention": attention, "family": METHODS[attention][0], "metric": "bits_per_character"}
+    head |= {"subject": "shakespeare", "higher_is_better": False, "exact": 2.74, "budget": 0.25, "argument": 16}
+    one = [(state, layer, 2.74 + step * (layer + 1)) for state, step in states.items() for layer in range(2)]
+    many = [(state, count, 2.74 + step * count * 1.1) for state, step in states.items() for count in (1, 2)]
+    return head | {
+        "reason": None if causal else REASON.format(attention, "shakespeare"),
+        "layers": [{"state": s, "layer": at, "value": value, "output_error": 0.5} for s, at, value in one],
+        "cumulative": [{"state": s, "count": at, "layers": list(range(at)), "value": value} for s, at, value in many],
+    }
 
 
 def _pairs() -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ class Cells:
     meta: dict[str, dict]
     configs: dict[str, str]
     strays: tuple[str, ...]
+    substitute: dict[tuple[str, str], dict]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -48,6 +49,11 @@ def read_cells(root: Path) -> Cells:
     approximate = {a: _read(root, f"results/approximate/{a}.json", f"approximate@{a}", missing) for a in axes.attention}
     converge = {a: _read(root, f"results/converge/{a}.json", f"converge@{a}", missing) for a in axes.attention}
     variance = _read(root, "results/variance.json", "variance", missing)
+    substitute = {
+        (s, a): _read(root, f"results/substitute/{s}/{a}.json", f"substitute@{s}-{a}", missing)
+        for s in axes.subject
+        for a in axes.substitution
+    }
     meta = {data: _read(root, f"data/prepared/{data}/meta.json", f"prepare@{data}", missing) for data in axes.data}
     trained = {
         (a, data): _read(root, f"models/{a}/{data}/cell.json", train_stage(a, data), missing) for a, data in pairs
@@ -64,7 +70,9 @@ def read_cells(root: Path) -> Cells:
     configs = {data: _config(root, axes.reference, data) for data in axes.data}
     strays = tuple(_strays(root, axes, scored))
     study = str(accuracy.get("study") or "default")
-    return Cells(axes, study, scored, approximate, converge, variance, trained, metrics, meta, configs, strays)
+    return Cells(
+        axes, study, scored, approximate, converge, variance, trained, metrics, meta, configs, strays, substitute
+    )
 
 
 def train_stage(attention: str, data: str) -> str:
@@ -99,6 +107,9 @@ def _strays(root: Path, axes: Study, scored: Iterable[tuple[str, str]]) -> list[
     stages = ("approximate", "converge")
     named = [f"results/{stage}/{p.name}" for stage in stages for p in (root / "results" / stage).glob("*.json")]
     strays = [name for name in named if Path(name).stem not in axes.attention]
+    for path in (root / "results/substitute").glob("*/*.json"):
+        if path.parent.name not in axes.subject or path.stem not in axes.substitution:
+            strays.append(f"results/substitute/{path.parent.name}/{path.name}")
     for folder in (root / "models").glob("*/*"):
         attention, data = folder.parts[-2:]
         if attention not in axes.attention or data not in axes.data:

@@ -28,6 +28,7 @@ from attnlens.report.series import (
     tradeoff,
 )
 from attnlens.report.style import Style, legend, panel_title, pick, tip
+from attnlens.report.substitution import substitution_figure
 from attnlens.report.variance import variance_figure
 
 # Altair's declared result of `layer(...).properties(...)`; here it is a LayerChart.
@@ -39,8 +40,10 @@ CHOSEN = "datum.source == source"
 
 
 def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The Vega-Lite specifications by name: accuracy, error, prediction, heads, convergence, variance."""
+    """The Vega-Lite specifications by name: accuracy, error, prediction, heads, convergence, variance, and
+    substitution where the study has subjects."""
     family_of = {attention: str(cells.approximate[attention]["family"]) for attention in cells.axes.attention}
+    family_of |= {attention: str(result["family"]) for (_, attention), result in cells.substitute.items()}
     charts = {
         "accuracy": lambda style: accuracy_figure(cells, style),
         "error": lambda style: error_figure(cells, rows, style),
@@ -49,6 +52,8 @@ def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         "convergence": lambda style: convergence_figure(cells.converge, style),
         "variance": lambda style: variance_figure(cells.variance, style),
     }
+    if cells.substitute:
+        charts["substitution"] = lambda style: substitution_figure(cells.substitute, style)
     specs = {}
     for name, chart in charts.items():
         style = Style(family_of)

@@ -51,6 +51,11 @@ def render(cells: Cells, rows: Sequence[Row], methods: Sequence[Method], specs: 
         library=_verbatim(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         specs=_verbatim(_json(specs)),
         study=cells.study,
+        subjects=cells.axes.subject if cells.substitute else (),
+        budget=_budget(cells),
+        refusals=[
+            f"{name} in {subject}: {r['reason']}." for (subject, name), r in cells.substitute.items() if r["reason"]
+        ],
         tasks=cells.axes.data,
         reference=cells.axes.reference,
         headline=share(cells.headline),
@@ -69,6 +74,11 @@ def render(cells: Cells, rows: Sequence[Row], methods: Sequence[Method], specs: 
         params=_params(cells),
         data=[_data(cells, task) for task in cells.axes.data],
     )
+
+
+def _budget(cells: Cells) -> str:
+    budgets = sorted({result["budget"] for result in cells.substitute.values()})
+    return " or ".join(share(budget) for budget in budgets)
 
 
 def _verbatim(text: str) -> Any:

@@ -48,7 +48,13 @@ def substitute(
     """
     _check(options)
     work = _Work(name, config, subject, options)
-    head = {"attention": name, "metric": subject.metric, "higher_is_better": subject.higher_is_better}
+    head = {
+        "attention": name,
+        "family": work.build(0).family,
+        "metric": subject.metric,
+        "higher_is_better": subject.higher_is_better,
+    }
+    head |= options._asdict()
     exact = work.exact()
     reason = work.refusal()
     if reason is not None:
