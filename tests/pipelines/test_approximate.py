@@ -16,15 +16,17 @@ ROOT = Path(__file__).parents[2]
 AXES = {"source": [], "data": ["mqar"], "attention": ["softmax", "random_keys"], "projection": "mha", "seeds": 1}
 
 
-def run(script, folder, *overrides):
-    """Run the script in `folder`."""
-    command = [sys.executable, str(ROOT / "pipelines" / script), "logger=csv", *overrides]
+def run(script, folder, *overrides, logger=True):
+    """Run the script in `folder`; `logger`: whether it tracks its runs."""
+    tracked = ["logger=csv"] if logger else []
+    command = [sys.executable, str(ROOT / "pipelines" / script), *tracked, *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def write_study(folder, attention=AXES["attention"]):
     axes = AXES | {"attention": attention, "budgets": [0.25, 0.5], "reference": "softmax"}
+    axes |= {"subject": [], "substitution": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(axes))
     generator = torch.Generator().manual_seed(0)
     for name in attention:
