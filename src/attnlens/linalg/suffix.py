@@ -53,8 +53,8 @@ def _one_token(
         # The CPU kernel answers a NaN query with zeros.
         return out + 0 * q.sum(-1, keepdim=True)
     # Unequal widths have no kernel, and PyTorch would scale a copy of all keys; scores are few beside them.
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q * scale).float() @ k.float().mT if q.dtype.itemsize < 4 else (q * scale) @ k.mT
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = q.float() @ k.float().mT if q.dtype.itemsize < 4 else q @ k.mT
     return torch.softmax(scores, -1).to(v.dtype) @ v
 
 
