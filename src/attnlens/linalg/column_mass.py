@@ -20,10 +20,10 @@ def column_mass(
     q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g m d"], *, scale: float | None = None
 ) -> Float[Tensor, "b g m"]:
     """The sums, in float32 or better; they add up to n h/g in every group. `scale` defaults to 1/sqrt(d)."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = torch.promote_types(q.dtype, torch.float32)
     n, m = q.shape[2], k.shape[2]
-    rows = (q.to(dtype) * scale).unflatten(1, (k.shape[1], -1))
+    rows = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    rows = rows.unflatten(1, (k.shape[1], -1))
     keys = k.to(dtype)[:, :, None]
     total = rows.new_zeros(k.shape[:3])
     place = torch.arange(m, device=q.device)

@@ -1,0 +1,49 @@
+"""Error and bytes of every cache policy, decoding on captured queries, keys and values.
+
+    python pipelines/cache.py
+    python pipelines/cache.py analysis.capture=data/benchmarks/smollm2.safetensors
+
+Reads params.yaml and the reference models; writes results/cache.json and results/cache.png.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+
+@hydra.main(config_path="../conf", config_name="cache", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Compose, measure, write; then log."""
+    import torch
+
+    from attnlens.analysis.cache import cache, summarize
+    from attnlens.files import write_json
+    from attnlens.report.caches import write_figure
+    from attnlens.study import read_params
+
+    torch.set_num_threads(1)
+    root = Path.cwd()
+    settings = cast(dict[str, Any], OmegaConf.to_container(cfg.analysis))
+    result = cache(read_params(root / "params.yaml"), root, settings)
+    write_json(root / "results/cache.json", result)
+    write_figure(root / "results/cache.png", result)
+    print(f"results/cache.json: {len(result['rows'])} rows")
+
+    from attnlens import tracking
+
+    folder = root / "outputs" / "cache"
+    with tracking.run(
+        job_type="cache", name="cache", group=cfg.study, config={"analysis": settings}, folder=folder, logger=cfg.logger
+    ) as run:
+        run.summary(summarize(result))
+        run.artifact("cache", "results", [root / "results/cache.json"])
+
+
+if __name__ == "__main__":
+    main()
