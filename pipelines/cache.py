@@ -3,7 +3,8 @@
     python pipelines/cache.py
     python pipelines/cache.py analysis.capture=data/benchmarks/smollm2.safetensors
 
-Reads params.yaml and the reference models; writes results/cache.json and results/cache.png.
+Reads params.yaml and the reference models; writes results/cache.json and, where there is anything to draw,
+results/cache.png.
 """
 
 import sys
@@ -32,8 +33,9 @@ def main(cfg: DictConfig) -> None:
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.analysis))
     result = cache(read_params(root / "params.yaml"), root, settings)
     write_json(root / "results/cache.json", result)
-    write_figure(root / "results/cache.png", result)
-    print(f"results/cache.json: {len(result['rows'])} rows")
+    if result["rows"]:
+        write_figure(root / "results/cache.png", result)
+    print(f"results/cache.json: {result['reason'] or len(result['rows'])}")
 
     from attnlens import tracking
 

@@ -180,7 +180,8 @@ def cache(
     if settings["capture"] is not None:
         sources.append(read_source(root / settings["capture"]))
     rows = [row for source in sources for row in compare(source, settings, progress)]
-    return {"settings": dict(settings), "rows": rows}
+    reason = None if rows else "no reference model is causal and without padding, and `capture` is null"
+    return {"settings": dict(settings), "rows": rows, "reason": reason}
 
 
 def read_source(path: Path) -> Source:
