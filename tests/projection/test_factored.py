@@ -14,7 +14,7 @@ from attnlens.projection.factored import FEW
 from attnlens.projection.mla import Mla
 from attnlens.projection.tpa import Tpa
 
-WIDTH, HEADS, LENGTH = 24, 3, 14
+WIDTH, HEADS, LENGTH = 24, 3, 22
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attnlens.attention.base import AbstractAttention
 from attnlens.cache.base import AbstractCache
+from attnlens.projection.cost import Cost, Shape
 
 
 class Dims(NamedTuple):
@@ -35,6 +36,14 @@ class AbstractProjection(nn.Module, ABC):
     def dims(cls, width: int, num_heads: int, options: Mapping[str, Any]) -> Dims:
         """The widths under the further arguments `options` of the constructor."""
         return Dims(width // num_heads, width // num_heads)
+
+    @classmethod
+    def cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """What a causal run over `new` tokens after `past` cached ones costs, all pairs counted, by formula.
+
+        For any operator that multiplies scores out, under the further arguments `options` of the constructor.
+        """
+        raise NotImplementedError(f"{cls.__name__} states no cost")
 
     @abstractmethod
     def forward(

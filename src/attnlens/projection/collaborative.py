@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from attnlens.attention.base import AbstractAttention
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import Dims
+from attnlens.projection.cost import Cost, Shape
 from attnlens.projection.factored import AbstractFactored, Kept
 
 
@@ -94,6 +95,21 @@ class Collaborative(AbstractFactored):
     def dims(cls, width: int, num_heads: int, options: Mapping[str, Any]) -> Dims:
         """The operator's queries and keys are the shared columns, and one more with a content bias."""
         return Dims(options["rank"] + bool(options.get("content_bias")), width // num_heads)
+
+    @classmethod
+    def cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """Maps N d (2 R + H d_head), scores N M H R, means N M H d_head, final N H d_head d; cache R + H d_head."""
+        (d, heads, e), rank, content = shape, options["rank"], bool(options.get("content_bias"))
+        pairs, maps, final = new * (past + new), d * (2 * rank + content * heads + heads * e), heads * e * d
+        scores, means = pairs * heads * (rank + content), pairs * heads * e
+        cache, weights = rank + content * heads + heads * e, maps + heads * rank + final
+        return Cost(new * maps, scores, means, new * final, cache, weights)
+
+    @classmethod
+    def compressed_cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """The same, but that a content bias is added and not multiplied."""
+        cost, content = cls.cost(shape, options, new=new, past=past), bool(options.get("content_bias"))
+        return cost._replace(scores=cost.scores - content * new * (past + new) * shape.num_heads)
 
     def query(self, x: Float[Tensor, "b n w"]) -> tuple[Float[Tensor, "b h n r"]]:
         return (self.to_query(x)[:, None] * self.mixing[:, None],)

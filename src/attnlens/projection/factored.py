@@ -11,6 +11,7 @@ while the queries are few, which is decoding, and loses for a prompt. Sources an
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,10 +25,12 @@ from attnlens.cache.growing import Growing
 from attnlens.linalg.suffix import suffix_attention
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import AbstractProjection
+from attnlens.projection.cost import Cost, Shape
 from attnlens.projection.multihead import Prefix
 
-# At most so many tokens of one call attend in the compressed form: a heuristic, between the two costs.
-FEW = 8
+# At most so many tokens of one call attend in the compressed form. A heuristic: over 4096 cached tokens and 16 heads of
+# 128, the expanded form is faster from 32 tokens on for tensor products of rank 2, beyond 128 for latents of 512.
+FEW = 16
 
 Kept = tuple[Float[Tensor, "b _ _"], ...]
 
@@ -73,6 +76,11 @@ class AbstractFactored(AbstractProjection):
                 f"{type(self).__name__} makes one: use projection=mha"
             )
         self.attention, self.position = attention, position
+
+    @classmethod
+    @abstractmethod
+    def compressed_cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """As `cost`, which is that of the expanded form, of the compressed one."""
 
     @abstractmethod
     def query(self, x: Float[Tensor, "b n w"]) -> tuple[Tensor, ...]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from attnlens.attention.base import AbstractAttention
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import Dims
+from attnlens.projection.cost import Cost, Shape
 from attnlens.projection.factored import AbstractFactored, Kept
 
 
@@ -100,6 +101,41 @@ class Mla(AbstractFactored):
         content = options.get("content_dim") or width // num_heads
         return Dims(content + options["rotary_dim"], options["rotary_dim"])
 
+    @classmethod
+    def cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """Keys and values of all tokens expand: maps N d (d_L + d_R) + 2 M d_L H d_head and those of the queries.
+
+        Scores N M H (d_head + d_R), means N M H d_head, final N H d_head d; cache d_L + d_R.
+        """
+        (_, heads, e), rank, rotary = shape, options["rank"], options["rotary_dim"]
+        to_latents, weights = _weights(shape, options)
+        keys = past + new
+        maps = new * to_latents + keys * 2 * rank * heads * e
+        scores, means = new * keys * heads * (e + rotary), new * keys * heads * e
+        return Cost(maps, scores, means, new * heads * e * shape.width, rank + rotary, weights)
+
+    @classmethod
+    def compressed_cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """Scores N H d_head d_L + N M H (d_L + d_R), means N M H d_L + N H d_L d_head; nothing expands."""
+        (_, heads, e), rank, rotary = shape, options["rank"], options["rotary_dim"]
+        to_latents, weights = _weights(shape, options)
+        through, pairs = new * heads * e * rank, new * (past + new) * heads
+        scores, means = through + pairs * (rank + rotary), through + pairs * rank
+        return Cost(new * to_latents, scores, means, new * heads * e * shape.width, rank + rotary, weights)
+
+    @classmethod
+    def merged_cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """That of `merged_attention`, as the survey counts it: no rotated columns, W^UQ W^UK^T and W^UV W^O formed.
+
+        Maps N d (d_LQ + d_L), scores N H d_LQ d_L + N M H d_L, means N M H d_L, final N H d_L d; cache d_L.
+        """
+        (d, heads, _), rank = shape, options["rank"]
+        inner, pairs = options.get("query_rank"), new * (past + new) * heads
+        maps = d * rank + (0 if inner is None else d * inner)
+        through = heads * (d if inner is None else inner) * rank
+        final = heads * rank * d
+        return Cost(new * maps, new * through + pairs * rank, pairs * rank, new * final, rank, maps + through + final)
+
     def query(self, x: Float[Tensor, "b n w"]) -> tuple[Float[Tensor, "b h n d"]]:
         q = self.to_query(self.latent_query(x))
         return (q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2),)
@@ -153,6 +189,25 @@ class Mla(AbstractFactored):
         output = self.output.weight.T.unflatten(0, (self.num_heads, -1))
         value = self.value.weight.unflatten(0, (self.num_heads, -1))
         return Merged(self.latent.weight[: self.rank].T, query, value.mT @ output)
+
+
+def merged_attention(
+    merged: Merged, x: Float[Tensor, "b n w"], latent_query: Float[Tensor, "b n q"], scale: float
+) -> Float[Tensor, "b n w"]:
+    """sum_h softmax(s L_Q W^LQK_h L^T) L W^LO_h: the merged form by its formula, neither causal nor rotated."""
+    latent = (x @ merged.latent)[:, None]
+    scores = latent_query[:, None] @ merged.query @ latent.mT
+    means = torch.softmax(scale * scores, -1) @ latent
+    return means.transpose(1, 2).flatten(2) @ merged.output.flatten(0, 1)
+
+
+def _weights(shape: Shape, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Those of the maps to latents and queries, and all."""
+    (d, heads, e), rank, rotary = shape, options["rank"], options["rotary_dim"]
+    inner, norms = options.get("query_rank"), options.get("latent_norm", True)
+    query = d if inner is None else inner
+    down = d * (rank + rotary) + query * heads * (e + rotary) + (0 if inner is None else d * inner)
+    return down, down + 2 * rank * heads * e + heads * e * d + norms * (rank + (inner or 0))
 
 
 def _check(

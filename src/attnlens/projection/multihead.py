@@ -7,6 +7,7 @@ convolution on q, k and v follows "Gated linear attention transformers with hard
 2024.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from attnlens.linalg.suffix import repeat_groups
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import AbstractProjection
 from attnlens.projection.convolution import ShortConvolution
+from attnlens.projection.cost import Cost, Shape, grouped_cost
 
 
 class MultiHeadCache(NamedTuple):
@@ -99,6 +101,10 @@ class AbstractMultiHead(AbstractProjection):
         self.convolutions = nn.ModuleList(ShortConvolution(size, taps) for size in convolved)
         self.output = nn.Linear(width, width, bias=bias)
         self.num_past = taps - 1
+
+    @classmethod
+    def cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        return grouped_cost(shape, options.get("num_groups", shape.num_heads), new=new, past=past)
 
     def forward(
         self,

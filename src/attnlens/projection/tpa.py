@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from attnlens.attention.base import AbstractAttention
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import Dims
+from attnlens.projection.cost import Cost, Shape
 from attnlens.projection.factored import AbstractFactored, Kept
 
 
@@ -140,6 +141,33 @@ class Tpa(AbstractFactored):
         head_dim = width // num_heads
         return Dims(head_dim, (options.get("feature_dims") or [head_dim])[-1])
 
+    @classmethod
+    def cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """Maps N d (R_Q + R_K + R_V)(H + d_head) and the sums (N R_Q + M R_K + M R_V) H d_head; then attention.
+
+        Scores and means N M H d_head each, final N H d_head d; cache (R_K + R_V)(H + d_head). With constants H falls
+        away in the first and the last; at higher order d_b + d_c + ... stand for d_head there.
+        """
+        (_, heads, e), (q, k, v) = shape, _ranks(options)
+        down, cache, weights = _sizes(shape, options)
+        keys = past + new
+        maps = new * down + (new * q + keys * (k + v)) * heads * e
+        pairs = new * keys * heads * e
+        return Cost(maps, pairs, pairs, new * heads * e * shape.width, cache, weights)
+
+    @classmethod
+    def compressed_cost(cls, shape: Shape, options: Mapping[str, Any], *, new: int, past: int = 0) -> Cost:
+        """Scores N M R_K R_Q (d_head + H) or N R_Q H d_head + N M R_K H d_head, means N M H R_V d_head.
+
+        Left out are the sums over the ranks of keys, N M H R_K, which are no matrix product.
+        """
+        (_, heads, e), (q, k, v), sizes = shape, _ranks(options), options.get("feature_dims") or [shape.head_dim]
+        down, cache, weights = _sizes(shape, options)
+        pairs = new * (past + new)
+        through_ranks = q * (sum(sizes) + heads) < heads * e
+        scores = pairs * k * q * (sum(sizes) + heads) if through_ranks else (new * q + pairs * k) * heads * e
+        return Cost(new * down, scores, pairs * heads * v * e, new * heads * e * shape.width, cache, weights)
+
     def query(self, x: Float[Tensor, "b n w"]) -> tuple[Tensor, ...]:
         return self.queries(x)
 
@@ -194,6 +222,20 @@ class Tpa(AbstractFactored):
         """Of the keys, and of the values."""
         count = len(self.keys.widths)
         return kept[:count], kept[count:]
+
+
+def _ranks(options: Mapping[str, Any]) -> tuple[int, int, int]:
+    return options["query_rank"], options["key_rank"], options["value_rank"]
+
+
+def _sizes(shape: Shape, options: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Floats of the maps to factors, of the cache, and of all weights."""
+    (d, heads, e), (q, k, v) = shape, _ranks(options)
+    features, contextual = sum(options.get("feature_dims") or [e]), options.get("contextual", True)
+    factors = features + heads * contextual
+    constants = 0 if contextual else (q + k + v) * heads
+    down = d * (q + k + v) * factors
+    return down, (k + v) * factors, down + constants + heads * e * d
 
 
 def _check_rank(name: str, rank: int, width: int, num_heads: int, contextual: bool) -> None:

@@ -28,7 +28,7 @@ def study_table(summary: Mapping[str, Mapping[str, Mapping[str, float | str]]], 
             score = next((row[key] for key in row if key in NAMES), None)
             cells += [_number(score), _number(row.get("error_reference"))]
         lines.append(cells)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def operator_table(declared: Mapping[str, Mapping[str, object]]) -> str:
@@ -43,7 +43,7 @@ def operator_table(declared: Mapping[str, Mapping[str, object]]) -> str:
         ]
         for name, facts in sorted(declared.items(), key=lambda item: (str(item[1]["family"]), item[0]))
     ]
-    return _table(["family", "method", "what it does", "budget", "causal"], rows)
+    return table(["family", "method", "what it does", "budget", "causal"], rows)
 
 
 def declared_on_the_shelf(folder: Path) -> dict[str, dict[str, object]]:
@@ -95,7 +95,8 @@ def _number(value: float | str | None) -> str:
     return f"{value:.2f}" if isinstance(value, float) else "–"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
