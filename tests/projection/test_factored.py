@@ -6,8 +6,11 @@ import torch
 from attnlens.attention.linear import Linear
 from attnlens.attention.retention import Retention
 from attnlens.attention.softmax import Softmax
+from attnlens.attention.streaming import Streaming
 from attnlens.attention.window import Window
 from attnlens.cache.full import Full
+from attnlens.cache.quantized import Quantized
+from attnlens.cache.sliding import Sliding
 from attnlens.position.rope import Rope
 from attnlens.projection.collaborative import Collaborative
 from attnlens.projection.factored import FEW
@@ -161,5 +164,42 @@ def test_bad_caches_and_memories_are_refused(name):
         layer.step(layer.init_cache(1, 3, Full()), x)
     with pytest.raises(ValueError, match="`causal=True` has no meaning over a `memory`"):
         layer(x, memory=x, causal=True)
-    with pytest.raises(ValueError, match=r"`cache` Full chooses among keys and values, and .* leave `cache` out"):
+    with pytest.raises(ValueError, match="`cache` Full keeps keys and values for exact attention, and Linear"):
         LAYERS[name](Linear()).init_cache(1, 3, Full())
+
+
+def stepped(layer, x, lengths, policy):
+    cache, outputs = layer.init_cache(x.shape[0], x.shape[1], policy), []
+    for part in x.split(lengths, dim=1):
+        cache, y = layer.step(cache, part)
+        outputs.append(y)
+    return cache, torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("lengths", [[1] * LENGTH, [5, 1, LENGTH - 6]])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_sliding_cache_is_streaming_attention(name, lengths):
+    x = torch.randn(2, LENGTH, WIDTH)
+    layer = LAYERS[name](Softmax())
+    _, out = stepped(layer, x, lengths, Sliding(4, num_sinks=2))
+    layer.attention = Streaming(4, num_sinks=2)
+    torch.testing.assert_close(out, layer(x, causal=True))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_codes_are_near_and_smaller(name):
+    x, layer = torch.randn(1, LENGTH, WIDTH), LAYERS[name](Softmax())
+    with torch.no_grad():
+        coded, out = stepped(layer, x, 1, Full(Quantized(8, group=4, residual=4)))
+        whole = layer(x, causal=True)
+    assert 0 < (out - whole).norm() < 0.02 * whole.norm()
+    groups, *widths = layer.policy_dims
+    assert Full().num_bytes(coded.state) < 8 * LENGTH * groups * sum(widths)
+
+
+def test_a_policy_over_latents_keeps_them_as_keys_and_as_values():
+    layer, x = mla(Softmax()), torch.randn(1, LENGTH, WIDTH)
+    cache, _ = stepped(layer, x, 1, Sliding(4, num_sinks=2))
+    assert Full().num_bytes(cache.state) == 8 * 6 * (10 + 4 + 10)
+    cache, _ = stepped(layer, x, 1, Full())
+    assert Full().num_bytes(cache.state) == 8 * LENGTH * (10 + 4)

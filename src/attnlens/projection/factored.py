@@ -12,7 +12,7 @@ while the queries are few, which is decoding, and loses for a prompt. Sources an
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,7 @@ from attnlens.attention.base import AbstractAttention, AbstractRecurrentAttentio
 from attnlens.cache.base import AbstractCache
 from attnlens.cache.full import Full
 from attnlens.cache.growing import Growing
+from attnlens.cache.plain import Plain
 from attnlens.linalg.suffix import suffix_attention
 from attnlens.position.base import AbstractPosition
 from attnlens.projection.base import AbstractProjection
@@ -38,12 +39,14 @@ Kept = tuple[Float[Tensor, "b _ _"], ...]
 class FactoredCache(NamedTuple):
     """What decoding has to remember.
 
-    state: one `Growing` for each of the kept vectors under exact attention; the state of a recurrent operator; else a
-        `Prefix` of expanded queries, keys and values.
+    state: under exact attention one `Growing` for each of the kept vectors, or that of the cache policy; the state of a
+        recurrent operator; else a `Prefix` of expanded queries, keys and values.
+    policy: which keys and values are kept, or None where everything is.
     length, capacity: tokens so far and at most.
     """
 
     state: Any
+    policy: AbstractCache | None
     length: int
     capacity: int
 
@@ -62,7 +65,6 @@ class AbstractFactored(AbstractProjection):
         ValueError: an operator of higher arity.
     """
 
-    remedy: ClassVar[str] = "use projection=mha or projection=gqa"
     num_heads: int
     head_dims: tuple[int, int]
     kept: tuple[int, ...]
@@ -115,6 +117,21 @@ class AbstractFactored(AbstractProjection):
         """The outputs of all heads to one."""
 
     @property
+    def policy_dims(self) -> tuple[int, int, int]:
+        """Groups and widths of the keys and values that a cache policy chooses among."""
+        return (self.num_heads, *self.head_dims)
+
+    def for_policy(
+        self, query: tuple[Tensor, ...], kept: Kept
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n dv"]]:
+        """Queries, keys and values for a cache policy: those of all heads, unless fewer numbers will do."""
+        return self.expand_query(query), *self.expand(kept)
+
+    def from_policy(self, out: Float[Tensor, "b h n _"]) -> Float[Tensor, "b h n dv"]:
+        """The outputs of the heads from those of a policy."""
+        return out
+
+    @property
     def cache_floats(self) -> int:
         """What exact attention caches of a token."""
         return sum(self.kept)
@@ -154,34 +171,50 @@ class AbstractFactored(AbstractProjection):
         return self.merge(self.attention(self.expand_query(query), k, v, key_padding_mask=key_padding_mask))
 
     def init_cache(self, batch: int, capacity: int, cache: AbstractCache | None = None) -> FactoredCache:
-        name = type(self).__name__
-        if cache is not None and not (self.attention.caches and isinstance(cache, Full)):
+        if cache is not None and not self.attention.caches:
             raise ValueError(
-                f"`cache` {type(cache).__name__} chooses among keys and values, and {name} around "
-                f"{type(self.attention).__name__} keeps none: leave `cache` out, or {self.remedy}"
+                f"`cache` {type(cache).__name__} keeps keys and values for exact attention, and "
+                f"{type(self.attention).__name__} has a decoding of its own: leave `cache` out, or use softmax"
             )
-        like = next(self.parameters())
-        key_dim, value_dim = self.head_dims
+        # What keeps all keys and values as they come is kept here in fewer numbers.
+        whole = isinstance(cache, Full) and isinstance(cache.store, Plain)
+        policy = None if whole else cache
+        return FactoredCache(self._init_state(batch, capacity, policy), policy, length=0, capacity=capacity)
+
+    def _init_state(self, batch: int, capacity: int, policy: AbstractCache | None) -> Any:
+        like, (key_dim, value_dim) = next(self.parameters()), self.head_dims
+        if policy is not None:
+            return policy.init(batch, *self.policy_dims, capacity=capacity, like=like)
         if self.attention.caches:
-            state = tuple(Growing.empty(batch, width, like=like) for width in self.kept)
-        elif isinstance(self.attention, AbstractRecurrentAttention):
-            state = self.attention.init_state(batch, self.num_heads, key_dim, value_dim, like)
-        else:
-            widths = (key_dim, key_dim, value_dim)
-            state = Prefix(*(Growing.empty(batch, self.num_heads, width, like=like) for width in widths))
-        return FactoredCache(state, length=0, capacity=capacity)
+            return tuple(Growing.empty(batch, width, like=like) for width in self.kept)
+        if isinstance(self.attention, AbstractRecurrentAttention):
+            return self.attention.init_state(batch, self.num_heads, key_dim, value_dim, like)
+        widths = (key_dim, key_dim, value_dim)
+        return Prefix(*(Growing.empty(batch, self.num_heads, width, like=like) for width in widths))
 
     def step(self, cache: FactoredCache, x: Float[Tensor, "b n w"]) -> tuple[FactoredCache, Float[Tensor, "b n w"]]:
         length = cache.length + x.shape[1]
         if length > cache.capacity:
             raise ValueError(f"`capacity` of the cache is {cache.capacity}, got token {length}; make a larger cache")
         query, kept = self.place(self.query(x), self.keep(x), cache.length)
+        state, out = self._continue(cache, query, kept)
+        return FactoredCache(state, cache.policy, length, cache.capacity), self.merge(out)
+
+    def _continue(self, cache: FactoredCache, query: tuple[Tensor, ...], kept: Kept) -> tuple[Any, Tensor]:
+        if cache.policy is not None:
+            state, out = cache.policy.step(cache.state, *self.for_policy(query, kept))
+            return state, self.from_policy(out)
+        n = kept[0].shape[1]
         if self.attention.caches:
             state = tuple(old.append(new) for old, new in zip(cache.state, kept, strict=True))
-            out = self._last(query, tuple(part.tensor for part in state), x.shape[1])
-        else:
-            state, out = self._continue(cache.state, self.expand_query(query), *self.expand(kept))
-        return FactoredCache(state, length, cache.capacity), self.merge(out)
+            return state, self._last(query, tuple(part.tensor for part in state), n)
+        q, (k, v) = self.expand_query(query), self.expand(kept)
+        if isinstance(self.attention, AbstractRecurrentAttention):
+            return self.attention.step(cache.state, q, k, v)
+        # The whole prefix: the operator may compare places or queries with each other, see `AbstractMultiHead`.
+        prefix = Prefix(*(old.append(new) for old, new in zip(cache.state, (q, k, v), strict=True)))
+        out = self.attention(prefix.q.tensor, prefix.k.tensor, prefix.v.tensor, causal=True)
+        return prefix, out[:, :, -n:]
 
     def _last(self, query: tuple[Tensor, ...], kept: Kept, n: int) -> Tensor:
         """Exact causal attention of the last n tokens."""
@@ -202,11 +235,3 @@ class AbstractFactored(AbstractProjection):
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1, dtype=at_least)
         # Where nothing is seen the softmax is NaN, and the answer zero.
         return self.mix(weights.masked_fill(hidden, 0).to(scores.dtype), kept)
-
-    def _continue(self, state: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, Tensor]:
-        if isinstance(self.attention, AbstractRecurrentAttention):
-            return self.attention.step(state, q, k, v)
-        # The whole prefix: the operator may compare places or queries with each other, see `AbstractMultiHead`.
-        prefix = Prefix(*(old.append(new) for old, new in zip(state, (q, k, v), strict=True)))
-        out = self.attention(prefix.q.tensor, prefix.k.tensor, prefix.v.tensor, causal=True)
-        return prefix, out[:, :, -q.shape[2] :]

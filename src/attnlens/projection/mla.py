@@ -161,16 +161,32 @@ class Mla(AbstractFactored):
         return torch.cat([k, rotary[:, None].expand(-1, self.num_heads, -1, -1)], -1), v
 
     def scores(self, query: tuple[Tensor, ...], kept: Kept) -> Float[Tensor, "b h n m"]:
-        content, rotary = query[0].split((self.head_dims[1], self.rotary_dim), -1)
-        up = self.key.weight.unflatten(0, (self.num_heads, -1))
-        rows = torch.cat([content @ up, rotary], -1) * self.scale
+        rows = self._rows(query) * self.scale
         # The heads are rows of one product: the cache is read once, and not once a head.
         return (rows.flatten(1, 2) @ kept[0].mT).unflatten(1, rows.shape[1:3])
 
     def mix(self, weights: Float[Tensor, "b h n m"], kept: Kept) -> Float[Tensor, "b h n dv"]:
         rows = weights.flatten(1, 2) @ kept[0][..., : self.rank]
-        up = self.value.weight.unflatten(0, (self.num_heads, -1))
-        return rows.unflatten(1, weights.shape[1:3]) @ up.mT
+        return self.from_policy(rows.unflatten(1, weights.shape[1:3]))
+
+    @property
+    def policy_dims(self) -> tuple[int, int, int]:
+        """One group for all heads: [L | K^R] are its keys, L its values."""
+        return 1, self.rank + self.rotary_dim, self.rank
+
+    def for_policy(
+        self, query: tuple[Tensor, ...], kept: Kept
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"], Float[Tensor, "b g n dv"]]:
+        rows = self._rows(query)
+        return rows * (self.scale * rows.shape[-1] ** 0.5), kept[0][:, None], kept[0][:, None, :, : self.rank]
+
+    def from_policy(self, out: Float[Tensor, "b h n _"]) -> Float[Tensor, "b h n dv"]:
+        return out @ self.value.weight.unflatten(0, (self.num_heads, -1)).mT
+
+    def _rows(self, query: tuple[Tensor, ...]) -> Float[Tensor, "b h n d"]:
+        """[Q_h W^UK_h^T | Q^R_h], as wide as the cache."""
+        content, rotary = query[0].split((self.head_dims[1], self.rotary_dim), -1)
+        return torch.cat([content @ self.key.weight.unflatten(0, (self.num_heads, -1)), rotary], -1)
 
     def merge(self, out: Float[Tensor, "b h n dv"]) -> Float[Tensor, "b n w"]:
         return self.output(out.transpose(1, 2).flatten(2))
