@@ -5,6 +5,7 @@ import torch
 
 from attnlens.cache.full import Full
 from attnlens.models.build import build_model
+from attnlens.models.generate import beam_search, generate
 from tests.models import test_build
 
 PROJECTIONS = sorted(path.stem for path in (test_build.CONF / "projection").glob("*.yaml"))
@@ -50,6 +51,24 @@ def test_attention_to_a_memory_token_by_token_equals_one_run(projection):
         cache, out = model.step(cache, part)
         logits.append(out)
     torch.testing.assert_close(torch.cat(logits, 1), model(ids(), target_ids=target, key_padding_mask=mask))
+
+
+@pytest.mark.parametrize("attention", ["softmax", "linear", "window"])
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_beams_reorder_the_cache(projection, attention):
+    """The score of the best hypothesis is that which one run gives it, and a beam of one is the greedy answer."""
+    model, prompt = build_model(config(projection, attention), META, seed=0).double().eval(), ids()[:, :4]
+    beams = beam_search(model.step, model.init_cache(2, 12), prompt, 6, width=3, end=10)
+    for row in range(2):
+        found = beams.ids[row, 0]
+        scored = found[: int((found != 10).sum()) + 1]  # up to the end token
+        log = model(torch.cat([prompt[row], scored])[None])[0, 3:-1].log_softmax(-1)
+        expected = log.gather(-1, scored[:, None]).sum()
+        torch.testing.assert_close(beams.scores[row, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    greedy = generate(model.step, model.init_cache(2, 12), prompt, 6)
+    for count in range(6):
+        so_far = torch.cat([prompt, greedy[:, :count]], 1)
+        assert torch.equal(model(so_far)[:, -1].argmax(-1), greedy[:, count])
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)

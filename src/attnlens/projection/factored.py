@@ -153,21 +153,27 @@ class AbstractFactored(AbstractProjection):
             q, (k, v) = self.expand_query(query), self.expand(kept)
         return self.merge(self.attention(q, k, v, causal=causal, key_padding_mask=key_padding_mask))
 
-    def remember(self, memory: Float[Tensor, "b m w"], *, key_padding_mask: Bool[Tensor, "b m"] | None = None) -> Kept:
-        """What is kept of the memory; of its padding zeros, since 0 * NaN is NaN."""
+    def remember(
+        self, memory: Float[Tensor, "b m w"], *, key_padding_mask: Bool[Tensor, "b m"] | None = None
+    ) -> tuple[Tensor, ...]:
+        """What is kept of the memory under exact attention, zeros of its padding; else keys and values of all heads."""
         kept = self.keep(memory)
-        if key_padding_mask is None:
-            return kept
-        return tuple(torch.where(key_padding_mask[..., None], part, 0) for part in kept)
+        if key_padding_mask is not None:
+            # 0 * NaN is NaN: a weight of zero does not hide what padding may hold.
+            kept = tuple(torch.where(key_padding_mask[..., None], part, 0) for part in kept)
+        return kept if self.attention.caches else self.expand(kept)
 
     def recall(
-        self, remembered: Kept, x: Float[Tensor, "b n w"], key_padding_mask: Bool[Tensor, "b m"] | None = None
+        self,
+        remembered: tuple[Tensor, ...],
+        x: Float[Tensor, "b n w"],
+        key_padding_mask: Bool[Tensor, "b m"] | None = None,
     ) -> Float[Tensor, "b n w"]:
         query = self.query(x)
         if self.attention.caches and x.shape[1] <= FEW:
             hidden = None if key_padding_mask is None else ~key_padding_mask[:, None, None, :]
             return self.merge(self.attend_compressed(query, remembered, hidden))
-        k, v = self.expand(remembered)
+        k, v = self.expand(remembered) if self.attention.caches else remembered
         return self.merge(self.attention(self.expand_query(query), k, v, key_padding_mask=key_padding_mask))
 
     def init_cache(self, batch: int, capacity: int, cache: AbstractCache | None = None) -> FactoredCache:
