@@ -32,12 +32,25 @@ class PooledHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "b n w"], *, key_padding_mask: Bool[Tensor, "b n"] | None = None
     ) -> Float[Tensor, "b c"]:
-        if key_padding_mask is None:
-            return self.linear(x.mean(dim=1))
-        real = key_padding_mask[..., None]
-        total = torch.where(real, x, 0).sum(dim=1)
-        # A sequence of padding alone has no mean; zero is at least finite.
-        return self.linear(total / real.sum(dim=1).clamp(min=1))
+        return self.linear(mean_of_real(x, key_padding_mask))
+
+
+@final
+class MeanHead(nn.Module):
+    """The mean over real tokens itself: an embedding of the sequence."""
+
+    def forward(
+        self, x: Float[Tensor, "b n w"], *, key_padding_mask: Bool[Tensor, "b n"] | None = None
+    ) -> Float[Tensor, "b w"]:
+        return mean_of_real(x, key_padding_mask)
+
+
+def mean_of_real(x: Float[Tensor, "b n w"], key_padding_mask: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b w"]:
+    """The mean over real tokens; zero for a sequence of padding alone, which has none."""
+    if key_padding_mask is None:
+        return x.mean(dim=1)
+    real = key_padding_mask[..., None]
+    return torch.where(real, x, 0).sum(dim=1) / real.sum(dim=1).clamp(min=1)
 
 
 @final

@@ -1,0 +1,1 @@
+"""Models that others have trained, in the classes of this package."""
