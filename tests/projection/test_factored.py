@@ -132,6 +132,16 @@ def test_padding_and_the_future_are_never_read(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_nothing_is_made_on_the_host(name):
+    """Built, run and decoded on the meta device; a tensor from elsewhere would not combine with its own."""
+    with torch.device("meta"):
+        layer, x = LAYERS[name](Softmax()), torch.zeros(2, 6, WIDTH)
+    assert layer(x, causal=True).is_meta
+    cache, _ = layer.step(layer.init_cache(2, 6), x[:, :4])
+    assert layer.step(cache, x[:, 4:])[1].is_meta
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_cache_is_a_value(name):
     """Two continuations of one prefix do not disturb each other."""
     layer = LAYERS[name](Softmax())
