@@ -15,8 +15,8 @@ are not cached. Cache: (R_K + R_V)(H + d_head) floats a token, (R_K + R_V) d_hea
 place of d_head at higher order. Forming Q, K, V: O(N H d_head (R_Q + R_K + R_V)).
 
 Reference: "Tensor product attention is all you need", Zhang et al., 2025, https://arxiv.org/abs/2501.06425. Departures:
-constants a are trained like other weights; a step chooses the cheaper order of summation; every factor's map starts
-as Xavier-uniform.
+constants a are trained like other weights; a step chooses the cheaper order of summation; maps start as
+Xavier-uniform, at higher order so that b (x) c has the variance of b.
 """
 
 import math
@@ -56,8 +56,11 @@ class Factors(nn.Module):
         self.rank, self.num_heads, self.contextual = rank, num_heads, contextual
         self.widths = tuple(rank * size for size in ((num_heads, *sizes) if contextual else sizes))
         self.maps = nn.ModuleList(nn.Linear(width, size, bias=False) for size in self.widths)
-        for each in self.maps:
-            nn.init.xavier_uniform_(next(each.parameters()))
+        heads, features = 2 / (width + rank * num_heads), 2 / (width + rank * math.prod(sizes))
+        # b (x) c starts with the variance of the b of order 2; with Xavier's for each it would be larger.
+        variances = [heads] * contextual + [(width * features) ** (1 / len(sizes)) / width] * len(sizes)
+        for each, variance in zip(self.maps, variances, strict=True):
+            nn.init.uniform_(next(each.parameters()), -((3 * variance) ** 0.5), (3 * variance) ** 0.5)
         self.constant = None if contextual else nn.Parameter(grouped(num_heads, rank))
 
     def forward(self, x: Float[Tensor, "b n w"]) -> Kept:
