@@ -6,6 +6,7 @@ import torch
 from attnlens.cache.full import Full
 from attnlens.cache.heavy_hitters import HeavyHitters
 from attnlens.cache.quantized import Quantized
+from attnlens.cache.sliding import Sliding
 from attnlens.linalg.quantization import output_bound
 from tests.cache.policies import begun, drawn, run
 
@@ -43,25 +44,30 @@ def test_ranges_are_those_of_a_channel_of_a_group_and_of_a_token(bits):
     assert torch.equal(values[:, :, others], calm_values[:, :, others])
 
 
-def test_eviction_does_not_round_twice():
-    """What is left after many evictions is what was written down once: the entries of the store that kept all."""
+@pytest.mark.parametrize("policy", [lambda store: HeavyHitters(6, 6, store), lambda store: Sliding(11, 3, store)])
+def test_what_eviction_leaves_is_what_was_written_down_once(policy):
+    """Every entry that is left stands, in order, among those of a store that dropped nothing: codes and range."""
     q, k, v = drawn(80)
     store = Quantized(2, 4, 2)
-    policy = HeavyHitters(6, 6, store)
-    state, seen = begun(policy, q, k, v), []
+    state, full = begun(policy(store), q, k, v), begun(Full(store), q, k, v)
     for at in range(80):
-        before = store.entries(state.stored)[0]
-        state, _ = policy.step(state, *(x[:, :, at : at + 1] for x in (q, k, v)))
-        keys, _ = store.entries(state.stored)
-        new = state.stored.keys.shape[2]
-        if at > 20 and new > 2:
-            # No group was written in this step: every old key stands among those of the step before.
-            distance = (keys[:, :, None, : keys.shape[2] - new] - before[:, :, :, None]).abs().amax(-1).amin(2)
-            assert (distance == 0).all()
-            seen.append(at)
-    assert len(seen) > 20
-    assert state.stored.group_of is not None
-    assert (state.stored.group_of.tensor.amax((2, 3)) < state.stored.key_low.length).all()
+        parts = [x[:, :, at : at + 1] for x in (q, k, v)]
+        state, _ = policy(store).step(state, *parts)
+        full, _ = Full(store).step(full, *parts)
+        for left, written in zip(store.entries(state.stored), store.entries(full), strict=True):
+            same = (left[:, :, :, None] == written[:, :, None]).all(-1)
+            assert same.any(-1).all()
+            assert (same.int().argmax(-1).diff(dim=-1) > 0).all()
+        for left, written in zip(store.slack(state.stored), store.slack(full), strict=True):
+            assert (left[:, :, :, None] == written[:, :, None]).all(-1).any(-1).all()
+    assert state.stored.key_low.length <= state.stored.key_codes.length
+
+
+def test_what_a_prompt_drops_is_never_written_down():
+    """The groups of its keys are whole, whoever left."""
+    state, _ = run(HeavyHitters(12, 6, Quantized(4, 4, 2)), [40], *drawn(40))
+    assert state.stored.group_of is None
+    assert state.stored.key_low.length == 4
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
