@@ -3,8 +3,9 @@
     python pipelines/cache.py
     python pipelines/cache.py analysis.capture=data/benchmarks/smollm2.safetensors
 
-Reads params.yaml and the reference models; writes results/cache.json and, where there is anything to draw,
-results/cache.png.
+    python -m attnlens.report.caches results/cache.json docs/figures/caches.png
+
+Reads params.yaml and the reference models; writes results/cache.json. The last line draws it.
 """
 
 import sys
@@ -25,7 +26,6 @@ def main(cfg: DictConfig) -> None:
 
     from attnlens.analysis.cache import cache, summarize
     from attnlens.files import write_json
-    from attnlens.report.caches import write_figure
     from attnlens.study import read_params
 
     torch.set_num_threads(1)
@@ -33,8 +33,6 @@ def main(cfg: DictConfig) -> None:
     settings = cast(dict[str, Any], OmegaConf.to_container(cfg.analysis))
     result = cache(read_params(root / "params.yaml"), root, settings)
     write_json(root / "results/cache.json", result)
-    if result["rows"]:
-        write_figure(root / "results/cache.png", result)
     print(f"results/cache.json: {result['reason'] or len(result['rows'])}")
 
     from attnlens import tracking

@@ -33,3 +33,8 @@ def test_it_is_drawn_and_equal_results_give_equal_bytes(rows, tmp_path):
     one, two = ((tmp_path / name).read_bytes() for name in ("one.png", "two.png"))
     assert one.startswith(b"\x89PNG")
     assert one == two
+
+
+def test_a_result_without_rows_is_refused_with_its_reason(tmp_path):
+    with pytest.raises(ValueError, match="`result` has no rows .no causal model.: measure a causal model"):
+        write_figure(tmp_path / "none.png", {"rows": [], "reason": "no causal model"})

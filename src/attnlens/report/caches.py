@@ -1,11 +1,16 @@
-"""The figure of what compressed caches cost: error of decoded outputs against the bytes of the state."""
+"""The figure of what compressed caches cost: error of decoded outputs against the bytes of the state.
 
+python -m attnlens.report.caches results/cache.json docs/figures/caches.png
+"""
+
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import altair as alt
 
-from attnlens.files import atomic
+from attnlens.files import atomic, read_json
 from attnlens.report.columns import Row
 from attnlens.report.palette import FAINT
 from attnlens.report.series import decades
@@ -89,10 +94,29 @@ def _panel(source: str, rows: list[Row], style: Style) -> alt.LayerChart | alt.F
 
 
 def write_figure(path: Path, result: Mapping, scale: int = 2) -> None:
-    """Draw as PNG, `scale` pixels a point."""
+    """Draw as PNG, `scale` pixels a point.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
     import vl_convert
 
+    if not result["rows"]:
+        raise ValueError(f"`result` has no rows ({result['reason']}): measure a causal model, or name a `capture`")
     style = Style({})
     spec = style.specification(cache_figure(result, style))
     with atomic(path) as aside:
         aside.write_bytes(vl_convert.vegalite_to_png(spec, scale=scale))
+
+
+def main() -> None:
+    """Read the one, write the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, help="results/cache.json")
+    parser.add_argument("figure", type=Path, help="a PNG to write")
+    chosen = parser.parse_args()
+    write_figure(chosen.figure, cast(Mapping, read_json(chosen.result)))
+
+
+if __name__ == "__main__":
+    main()
