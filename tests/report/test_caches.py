@@ -16,7 +16,9 @@ def rows():
     ):
         for layer in (0, 1):
             row = {"source": "drawn", "layer": layer, "policy": policy, "budget": budget, "bits": bits, "tokens": 32}
-            found.append(row | {"bytes": size, "error": [error, 3 * error], "skill": [2 * error, 6 * error]})
+            found.append(
+                row | {"bytes": size, "error": [error, 3 * error], "skill": [2 * error, 6 * error], "null": [0.5, 0.5]}
+            )
     return found
 
 
@@ -36,5 +38,5 @@ def test_it_is_drawn_and_equal_results_give_equal_bytes(rows, tmp_path):
 
 
 def test_a_result_without_rows_is_refused_with_its_reason(tmp_path):
-    with pytest.raises(ValueError, match="`result` has no rows .no causal model.: measure a causal model"):
+    with pytest.raises(ValueError, match=r"`result` has no rows \(no causal model\): measure a causal model"):
         write_figure(tmp_path / "none.png", {"rows": [], "reason": "no causal model"})

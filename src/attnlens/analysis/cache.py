@@ -140,7 +140,7 @@ def compare(source: Source, settings: Mapping[str, Any], progress: Callable[[str
         errors = relative_error(out, exact)
         skill = [ratio(error, none) for error, none in zip(errors, null, strict=True)]
         named = {"policy": policy, "budget": budget, "bits": bits, "bytes": num_bytes, "tokens": n, "prompt": prompt}
-        return {**source.labels, **named, "error": errors, "skill": skill}
+        return {**source.labels, **named, "error": errors, "skill": skill, "null": null}
 
     rows = []
     for rung in ladder(n, settings["fractions"], settings["bits"]):

@@ -6,6 +6,7 @@ python -m attnlens.report.caches results/cache.json docs/figures/caches.png
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import cast
 
 import altair as alt
@@ -42,11 +43,10 @@ def points(rows: Sequence[Mapping]) -> dict[str, list[Row]]:
     }
     found: dict[str, list[Row]] = {}
     for (source, policy, budget, bits), of in kept.items():
-        errors, skills = ([x for row in of for x in row[name]] for name in ("error", "skill"))
+        means = {name: fmean(x for row in of for x in row[name]) for name in ("error", "skill", "null")}
         store = "full precision" if bits is None else f"{bits} bits"
         point = {"policy": policy, "store": store, "line": f"{policy} {store}", "budget": budget or of[0]["tokens"]}
-        point |= {"error": sum(errors) / len(errors), "skill": sum(skills) / len(skills)}
-        found.setdefault(source, []).append(point | {"bytes": sum(row["bytes"] for row in of) / whole[source]})
+        found.setdefault(source, []).append(point | means | {"bytes": sum(row["bytes"] for row in of) / whole[source]})
     return found
 
 
@@ -58,8 +58,7 @@ def cache_figure(result: Mapping, style: Style) -> alt.ConcatChart:
 def _panel(source: str, rows: list[Row], style: Style) -> alt.LayerChart | alt.FacetChart:
     drawn = [row for row in rows if float(row["error"]) > EXACT]
     errors, sizes = ([float(row[name]) for row in drawn] for name in ("error", "bytes"))
-    nulls = [float(row["error"]) / float(row["skill"]) for row in drawn if row["policy"] == "sliding"]
-    null = sum(nulls) / len(nulls)
+    null = float(rows[0]["null"])
     domain = min(errors) / 1.25, max(*errors, null) * 1.25
     span = [min(sizes) / 1.15, max(sizes) * 1.15]
     ticks = [tick for tick in (0.03, 0.06, 0.125, 0.25, 0.5, 1, 2) if span[0] <= tick <= span[1]]
