@@ -48,7 +48,7 @@ def repro(project: Path, *flags: str) -> set[str]:
 @pytest.mark.slow
 def test_a_study_from_nothing_then_only_what_changed(project):
     methods = ("softmax", "mean", "random_keys")
-    everything = {"prepare@mqar", "accuracy", "variance", "report"}
+    everything = {"prepare@mqar", "accuracy", "variance", "cache", "report"}
     everything |= {"substitute@mqar-mean"} | {f"train@mqar-{name}" for name in methods}
     everything |= {f"{stage}@{name}" for stage in ("approximate", "converge") for name in methods}
     assert repro(project) == everything

@@ -73,10 +73,24 @@ def write_study(root: Path) -> None:
         write_json(root / f"results/approximate/{attention}.json", _approximate(attention))
         write_json(root / f"results/converge/{attention}.json", converged(attention))
     write_json(root / "results/variance.json", varied())
+    write_json(root / "results/cache.json", {"settings": {}, "reason": None, "rows": cached()})
     for attention in ("window", "performer", "smyrf"):
         write_json(root / f"results/substitute/shakespeare/{attention}.json", replaced(attention))
     for attention, data in _pairs():
         _train(root / f"models/{attention}/{data}", attention, data)
+
+
+def cached() -> list[dict]:
+    """Decoding of one layer with everything, with a few entries, and with few bits."""
+    rungs = [("full", None, None, 0.0, 64), ("full", None, 4, 0.05, 16), ("sliding", 8, None, 0.4, 16)]
+    rungs += [("sliding", 16, None, 0.2, 32), ("heavy_hitters", 16, None, 0.1, 33), ("oracle", 16, None, 0.02, 32)]
+    shared = {"source": "shakespeare", "seed": 0, "layer": 0, "tokens": 32, "null": [0.9, 0.8]}
+    return [
+        shared
+        | {"policy": policy, "budget": budget, "bits": bits, "bytes": size * 100}
+        | {"error": [error, error * 1.2], "skill": [error / 0.9, error * 1.5]}
+        for policy, budget, bits, error, size in rungs
+    ]
 
 
 def replaced(attention: str) -> dict:

@@ -14,6 +14,7 @@ from attnlens.report.cells import read_cells, train_stage
         ("results/approximate/performer.json", "dvc repro approximate@performer"),
         ("results/converge/performer.json", "dvc repro converge@performer"),
         ("results/variance.json", "dvc repro variance"),
+        ("results/cache.json", "dvc repro cache"),
         ("results/substitute/shakespeare/window.json", "dvc repro substitute@shakespeare-window"),
         ("results/accuracy.json", "dvc repro accuracy"),
         ("models/window/mqar/cell.json", "dvc repro train@mqar-window"),

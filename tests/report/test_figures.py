@@ -24,8 +24,19 @@ def nodes(value):
 
 
 def test_every_figure_has_a_panel_a_task(specs):
-    assert list(specs) == ["accuracy", "error", "prediction", "heads", "convergence", "variance", "substitution"]
-    for spec in (spec for name, spec in specs.items() if name not in ("convergence", "variance", "substitution")):
+    assert list(specs) == [
+        "accuracy",
+        "error",
+        "prediction",
+        "heads",
+        "convergence",
+        "variance",
+        "caches",
+        "substitution",
+    ]
+    for spec in (
+        spec for name, spec in specs.items() if name not in ("convergence", "variance", "caches", "substitution")
+    ):
         assert [panel["title"]["text"] for panel in spec["concat"]] == ["mqar", "shakespeare"]
 
 
@@ -64,6 +75,6 @@ def test_images_have_equal_bytes_in_another_process(root, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(root), str(tmp_path)], check=True)
     first = {path.name: path.read_bytes() for path in (root / "results/figures").iterdir()}
-    names = ("accuracy", "error", "prediction", "heads", "convergence", "variance", "substitution")
+    names = ("accuracy", "error", "prediction", "heads", "convergence", "variance", "caches", "substitution")
     assert set(first) == {f"{name}.png" for name in names}
     assert first == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

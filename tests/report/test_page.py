@@ -56,7 +56,7 @@ def test_missing_values_say_why(page):
 def test_headers_have_scope_and_figures_captions(page):
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert [head for head in re.findall(r"<th[ >][^>]*", markup) if "scope=" not in head] == []
-    assert markup.count("<figure ") == markup.count("<figcaption ") == 7
+    assert markup.count("<figure ") == markup.count("<figcaption ") == 8
     assert markup.count("<table") == markup.count("<caption")
 
 

@@ -143,8 +143,8 @@ def compare(source: Source, settings: Mapping[str, Any], progress: Callable[[str
         return {**source.labels, **named, "error": errors, "skill": skill, "null": null}
 
     rows = []
+    progress("cache: " + ", ".join(f"{name} {value}" for name, value in source.labels.items()))
     for rung in ladder(n, settings["fractions"], settings["bits"]):
-        progress(f"cache: {dict(source.labels)}, {rung.policy} {rung.budget} {rung.bits}")
         with torch.no_grad():
             rows.append(row(rung.policy, rung.budget, rung.bits, *decoded(rung.cache, q, k, v, prompt=prompt)))
     entry = rows[0]["bytes"] // n

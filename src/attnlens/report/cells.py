@@ -23,6 +23,7 @@ class Cells:
     meta: dict[str, dict]
     configs: dict[str, str]
     strays: tuple[str, ...]
+    cache: dict
     substitute: dict[tuple[str, str], dict]
 
     @property
@@ -49,6 +50,7 @@ def read_cells(root: Path) -> Cells:
     approximate = {a: _read(root, f"results/approximate/{a}.json", f"approximate@{a}", missing) for a in axes.attention}
     converge = {a: _read(root, f"results/converge/{a}.json", f"converge@{a}", missing) for a in axes.attention}
     variance = _read(root, "results/variance.json", "variance", missing)
+    cache = _read(root, "results/cache.json", "cache", missing)
     substitute = {
         (s, a): _read(root, f"results/substitute/{s}/{a}.json", f"substitute@{s}-{a}", missing)
         for s in axes.subject
@@ -71,7 +73,7 @@ def read_cells(root: Path) -> Cells:
     strays = tuple(_strays(root, axes, scored))
     study = str(accuracy.get("study") or "default")
     return Cells(
-        axes, study, scored, approximate, converge, variance, trained, metrics, meta, configs, strays, substitute
+        axes, study, scored, approximate, converge, variance, trained, metrics, meta, configs, strays, cache, substitute
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 
 from attnlens.files import atomic
+from attnlens.report.caches import cache_figure
 from attnlens.report.cells import Cells
 from attnlens.report.columns import Row
 from attnlens.report.convergence import convergence_figure
@@ -40,8 +41,8 @@ CHOSEN = "datum.source == source"
 
 
 def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The Vega-Lite specifications by name: accuracy, error, prediction, heads, convergence, variance, and
-    substitution where the study has subjects."""
+    """The Vega-Lite specifications by name: accuracy, error, prediction, heads, convergence, variance, caches
+    where a reference model is causal, and substitution where the study has subjects."""
     family_of = {attention: str(cells.approximate[attention]["family"]) for attention in cells.axes.attention}
     family_of |= {attention: str(result["family"]) for (_, attention), result in cells.substitute.items()}
     charts = {
@@ -52,6 +53,8 @@ def figures(cells: Cells, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         "convergence": lambda style: convergence_figure(cells.converge, style),
         "variance": lambda style: variance_figure(cells.variance, style),
     }
+    if cells.cache["rows"]:
+        charts["caches"] = lambda style: cache_figure(cells.cache, style)
     if cells.substitute:
         charts["substitution"] = lambda style: substitution_figure(cells.substitute, style)
     specs = {}

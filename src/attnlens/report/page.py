@@ -51,6 +51,7 @@ def render(cells: Cells, rows: Sequence[Row], methods: Sequence[Method], specs: 
         library=_verbatim(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
         specs=_verbatim(_json(specs)),
         study=cells.study,
+        caches=bool(cells.cache["rows"]),
         subjects=cells.axes.subject if cells.substitute else (),
         budget=_budget(cells),
         refusals=[
