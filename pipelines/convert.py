@@ -1,6 +1,6 @@
 """Convert a pretrained model in every way that fits it, and score what is left.
 
-    python pipelines/convert.py model=smollm2
+    python pipelines/convert.py pretrained=smollm2
     python -m attnlens.report.conversions results/convert docs/figures/conversions.png
 
 Reads the fetched model and text; writes results/convert/<model>.json.
@@ -27,24 +27,24 @@ def main(cfg: DictConfig) -> None:
 
     torch.set_num_threads(1)
     options = cast(dict[str, Any], OmegaConf.to_container(cfg.conversion))
-    result = convert(cfg.model, Path.cwd(), options)
-    path = Path(f"results/convert/{cfg.model}.json")
+    result = convert(cfg.pretrained, Path.cwd(), options)
+    path = Path(f"results/convert/{cfg.pretrained}.json")
     write_json(path, result | {"options": options})
     print(f"{path}: {len(result['rows'])} settings, {result['metric']} {result['value']:.4g} before", flush=True)
 
     from attnlens import tracking
 
-    folder = Path("outputs") / "convert" / cfg.model
+    folder = Path("outputs") / "convert" / cfg.pretrained
     with tracking.run(
         job_type="convert",
-        name=f"convert-{cfg.model}",
+        name=f"convert-{cfg.pretrained}",
         group=cfg.study,
         config=options,
         folder=folder,
         logger=cfg.logger,
     ) as run:
         run.summary({f"{row['conversion']}/{row['setting']}": row["value"] for row in result["rows"]})
-        run.artifact(f"convert-{cfg.model}", "results", [path])
+        run.artifact(f"convert-{cfg.pretrained}", "results", [path])
 
 
 if __name__ == "__main__":

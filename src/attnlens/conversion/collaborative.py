@@ -45,9 +45,10 @@ def decompose(
     x = query @ key.mT
     factors = start(query, key, rank)
     if rank < query.shape[0] * query.shape[2] and iterations:
+        penalty: Any = 1e-9  # a number, whatever its signature says
         initial: Any = CPTensor((None, [factor.numpy() for factor in factors]))
         # Heads that agree give equal columns to start from, and the normal equations would be singular.
-        found = parafac(x.numpy(), rank, init=initial, n_iter_max=iterations, tol=1e-7, l2_reg=1e-9)
+        found = parafac(x.numpy(), rank, init=initial, n_iter_max=iterations, tol=1e-7, l2_reg=penalty)
         weights = torch.from_numpy(found.weights)
         mixing, q, k = (torch.from_numpy(factor) for factor in found.factors)
         factors = mixing * weights, q, k

@@ -53,7 +53,7 @@ def tucker(x: Tensor, ranks: tuple[int, ...], *, kept_modes: tuple[int, ...] = (
 
     modes = [mode for mode in range(x.ndim) if mode not in kept_modes]
     (core, factors), _ = partial_tucker(
-        x.double().numpy(), rank=[ranks[mode] for mode in modes], modes=modes, n_iter_max=10, tol=1e-5
+        x.double().numpy(), rank=[ranks[mode] for mode in modes], modes=modes, n_iter_max=3, tol=1e-5
     )
     whole = multi_mode_dot(core, factors, modes=modes)
     return torch.from_numpy(whole), core.size + sum(factor.size for factor in factors)

@@ -57,7 +57,7 @@ def convert(
     """
     subjects = {"smollm2": smollm2, "minilm": minilm}
     if name not in subjects:
-        raise ValueError(f"`model` is {name!r}: choose one of {sorted(subjects)}")
+        raise ValueError(f"`pretrained` is {name!r}: choose one of {sorted(subjects)}")
     subject = subjects[name](root, options)
     rows = list(_rows(subject, progress))
     return {"model": name, "metric": subject.metric, "value": subject.score(subject.model), "rows": rows}
