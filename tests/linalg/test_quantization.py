@@ -22,7 +22,7 @@ def test_every_entry_is_within_half_a_step_and_the_ends_are_exact(bits, axis):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 16, 12, dtype=torch.float64) * torch.logspace(-3, 3, 12)
     coded = quantize(x, bits, axis=axis)
-    found = dequantize(coded, bits, 12)
+    found = dequantize(coded, bits, torch.empty_like(x))
     error = ((found - x).abs() / (coded.step / 2)).max()
     assert 0.9 < error <= 1 + 1e-9
     for end in (torch.amin, torch.amax):
@@ -31,7 +31,7 @@ def test_every_entry_is_within_half_a_step_and_the_ends_are_exact(bits, axis):
 
 def test_a_constant_is_exact_and_halves_are_ranged_in_float32():
     x = torch.full((1, 1, 4, 6), 0.3)
-    assert torch.equal(dequantize(quantize(x, 2, axis=-1), 2, 6), x)
+    assert torch.equal(dequantize(quantize(x, 2, axis=-1), 2, torch.empty_like(x)), x)
     assert quantize(x.bfloat16(), 4, axis=-1).step.dtype == torch.float32
 
 

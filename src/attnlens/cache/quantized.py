@@ -98,14 +98,13 @@ class Quantized(AbstractStore):
         return state.key_codes.length + state.keys.shape[2]
 
     def entries(self, state: QuantizedState) -> tuple[Float[Tensor, "b g m d"], Float[Tensor, "b g m dv"]]:
-        old = self._old(state)
-        return torch.cat([old[0], state.keys], 2), torch.cat([old[1], state.values], 2)
+        return self._read(state, state.keys, state.values)
 
     def extend(
         self, state: QuantizedState, k: Float[Tensor, "b g n d"], v: Float[Tensor, "b g n dv"]
     ) -> tuple[QuantizedState, Float[Tensor, "b g m d"], Float[Tensor, "b g m dv"]]:
         new = [torch.cat([old, x], 2) for old, x in ((state.keys, k), (state.values, v))]
-        keys, values = (torch.cat([old, x], 2) for old, x in zip(self._old(state), new, strict=True))
+        keys, values = self._read(state, *new)
         count = (new[0].shape[2] - self.residual) // self.group * self.group
         if count > 0:
             state = self._write(state, new[0][:, :, :count], new[1][:, :, :count])
@@ -151,15 +150,22 @@ class Quantized(AbstractStore):
             group_of=group_of,
         )
 
-    def _old(self, state: QuantizedState) -> tuple[Tensor, Tensor]:
-        """Keys and values of the codes, in the dtype of the new ones."""
+    def _read(self, state: QuantizedState, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the codes with the new ones behind them, in the dtype of those."""
+        old, wide = state.key_codes.length, state.key_low.tensor.dtype
+        both = []
+        for new in (new_keys, new_values):
+            whole = new.new_empty(*new.shape[:2], old + new.shape[2], new.shape[3], dtype=wide)
+            whole[:, :, old:] = new
+            both.append(whole)
+        keys, values = (whole[:, :, :old] for whole in both)
         codes, ranges = state.key_codes.tensor, (state.key_low.tensor, state.key_step.tensor)
         if state.group_of is None:
-            codes, ranges = codes.unflatten(2, (-1, self.group)), [x[..., None, :] for x in ranges]
+            # One range for a group of rows, which is not written out for each.
+            keys, codes = (x.unflatten(2, (-1, self.group)) for x in (keys, codes))
+            ranges = [x[..., None, :] for x in ranges]
         else:
             ranges = [gather(x, state.group_of.tensor[..., 0].long()) for x in ranges]
-        keys = dequantize(Coded(codes, *ranges), self.bits, state.keys.shape[-1])
-        keys = keys if state.group_of is not None else keys.flatten(2, 3)
-        ranges = state.value_range.tensor.split(1, -1)
-        values = dequantize(Coded(state.value_codes.tensor, *ranges), self.bits, state.values.shape[-1])
-        return keys.to(state.keys.dtype), values.to(state.values.dtype)
+        dequantize(Coded(codes, *ranges), self.bits, keys)
+        dequantize(Coded(state.value_codes.tensor, *state.value_range.tensor.split(1, -1)), self.bits, values)
+        return both[0].to(new_keys.dtype), both[1].to(new_values.dtype)

@@ -36,9 +36,10 @@ def quantize(x: Float[Tensor, "*axes n d"], bits: int, *, axis: int) -> Coded:
     return Coded(pack(codes.to(torch.uint8), bits), low, step)
 
 
-def dequantize(coded: Coded, bits: int, width: int) -> Float[Tensor, "*axes n {width}"]:
-    """The numbers that codes stand for."""
-    return torch.addcmul(coded.low, unpack(coded.codes, bits, width).to(coded.low.dtype), coded.step)
+def dequantize(coded: Coded, bits: int, out: Float[Tensor, "*axes n d"]) -> Float[Tensor, "*axes n d"]:
+    """Write the numbers that codes stand for into `out`, which is returned."""
+    # In place: a fresh tensor as large as the cache costs more than the arithmetic on it.
+    return out.copy_(unpack(coded.codes, bits, out.shape[-1])).mul_(coded.step).add_(coded.low)
 
 
 def output_bound(
@@ -79,5 +80,7 @@ def pack(codes: UInt8[Tensor, "*axes n d"], bits: int) -> UInt8[Tensor, "*axes n
 
 def unpack(packed: UInt8[Tensor, "*axes n bytes"], bits: int, width: int) -> UInt8[Tensor, "*axes n {width}"]:
     """The codes that `pack` made bytes of."""
+    if bits == 8:
+        return packed
     parts = [packed >> place & 2**bits - 1 for place in range(0, 8, bits)]
     return torch.cat(parts, -1)[..., :width]
