@@ -127,6 +127,7 @@ class Anna(AbstractAttention):
     budget = "num_tables"
     target = "itself"
     unbiased = True
+    one_query = True
 
     def __init__(
         self,

@@ -36,6 +36,8 @@ class AbstractAttention(nn.Module, ABC):
         graph_break: why `torch.compile(fullgraph=True)` cannot take it, or None.
         native_half: whether its kernels keep statistics in float32 for half-precision inputs by themselves.
         caches: whether it is exact softmax attention, which decodes from a cache of keys and values.
+        one_query: whether the last row of a causal run is that of its query alone over all keys with `causal=False`,
+            so that it can continue from cached keys and values.
     """
 
     family: ClassVar[str]
@@ -54,6 +56,7 @@ class AbstractAttention(nn.Module, ABC):
     graph_break: ClassVar[str | None] = None
     native_half: ClassVar[bool] = False
     caches: ClassVar[bool] = False
+    one_query: ClassVar[bool] = False
 
     @abstractmethod
     def attend(
@@ -196,6 +199,8 @@ class AbstractRecurrentAttention(AbstractAttention):
 
     The state is a NamedTuple of tensors; `step` returns a new one and never changes its argument.
     """
+
+    one_query: ClassVar[bool] = True
 
     @abstractmethod
     def init_state(self, batch: int, num_heads: int, head_dim: int, value_dim: int, like: Tensor) -> tuple:

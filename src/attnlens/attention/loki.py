@@ -69,6 +69,7 @@ class Loki(AbstractAttention):
     family = "low rank"
     budget = "num_keys"
     row_stochastic = True
+    one_query = True
 
     def __init__(self, num_keys: int, rank: int, head_dim: int, num_heads: int) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ class Mean(AbstractAttention):
     family = "null"
     target = "itself"
     row_stochastic = True
+    one_query = True
 
     @classmethod
     def exact_at(cls, length: int) -> dict[str, object]:

@@ -34,6 +34,7 @@ class Polynomial(AbstractAttention):
 
     family = "kernel"
     target = "itself"
+    one_query = True
 
     def __init__(self, degree: int | float, constant: int | float = 0, normalize: bool = False) -> None:
         super().__init__()

@@ -26,6 +26,7 @@ class Softmax(AbstractAttention):
     row_stochastic = True
     native_half = True
     caches = True
+    one_query = True
 
     @classmethod
     def exact_at(cls, length: int) -> dict[str, object]:

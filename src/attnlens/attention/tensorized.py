@@ -84,6 +84,7 @@ class Tensorized(AbstractAttention):
     family = "tensor"
     target = "itself"
     pairwise = False
+    one_query = True
 
     def __init__(self, head_dim: int, num_heads: int, max_length: int, seed: int) -> None:
         super().__init__()

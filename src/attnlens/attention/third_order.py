@@ -139,6 +139,7 @@ class ThirdOrder(AbstractAttention):
     row_stochastic = True
     arity = 2
     pairwise = False
+    one_query = True
 
     def __init__(self, logits: str = "product") -> None:
         super().__init__()

@@ -68,6 +68,7 @@ class TopK(AbstractAttention):
     family = "sparse"
     budget = "num_keys"
     row_stochastic = True
+    one_query = True
 
     def __init__(self, num_keys: int, remainder: bool = False) -> None:
         super().__init__()

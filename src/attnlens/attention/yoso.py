@@ -137,6 +137,7 @@ class Yoso(AbstractAttention):
     order = 0.5
     unbiased = True
     bound_probability = 0.9
+    one_query = True
 
     def __init__(
         self,

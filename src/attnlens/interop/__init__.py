@@ -1,0 +1,1 @@
+"""Operators inside other packages; nothing here is imported by `import attnlens`."""
