@@ -45,3 +45,11 @@ def test_the_learning_rate_rises_and_falls_linearly():
     assert rate(60, training) == pytest.approx(0.525)
     assert rate(110, training) == pytest.approx(0.05)
     assert rate(0, OmegaConf.merge(training, {"warmup_steps": 0})) == 1.0
+
+
+def test_spelling_is_added_to_the_bits_of_its_split():
+    z = logits()
+    meta = {"metric": "bits_per_character", "characters_per_token": 4.0, "spelling": {"validation": 0.5, "test": 0.25}}
+    plain = bits(z, LABELS, characters_per_token=4.0)
+    torch.testing.assert_close(scorer(meta)(z, LABELS), plain + 0.25)
+    torch.testing.assert_close(scorer(meta, "validation")(z, LABELS), plain + 0.5)

@@ -131,6 +131,8 @@ def _interpolate(table: Table, codes: np.ndarray, vocabulary_size: int, lower: n
     """Probabilities at this order given those of the order below; a context never seen passes `lower` through."""
     gram, known_gram = _find(table.grams, codes)
     context, known_context = _find(table.contexts, codes // vocabulary_size)
+    if not known_context.any():
+        return lower
     totals = np.where(known_context, table.totals[context], 1.0)
     removed = np.where(known_context, table.removed[context], 1.0)
     return (np.where(known_gram, table.discounted[gram], 0.0) + removed * lower) / totals
@@ -138,5 +140,7 @@ def _interpolate(table: Table, codes: np.ndarray, vocabulary_size: int, lower: n
 
 def _find(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Index of each wanted value in the sorted `values`, and whether it is there."""
+    if len(values) == 0:
+        return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=bool)
     index = np.minimum(np.searchsorted(values, wanted), len(values) - 1)
     return index, values[index] == wanted

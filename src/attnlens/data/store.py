@@ -39,6 +39,7 @@ class Meta:
         chance: the metric's value under informed guessing, None where the baselines say it better.
         baselines: the metric's value on the test split for models that are no attention.
         characters_per_token: of the test labels; bits per character = nats per token / ln 2 / this number.
+        spelling: by split, the bits per character that spelling its unknown words adds to those of the tokens.
         slices: {"name": what the `slice` column counts, "values": all of them, "headline": the one reported}.
         sources: where the content comes from, with hashes.
     """
@@ -54,6 +55,7 @@ class Meta:
     chance: float | None = None
     baselines: Mapping[str, float] = field(default_factory=dict)
     characters_per_token: float | None = None
+    spelling: Mapping[str, float] | None = None
     slices: Mapping[str, object] | None = None
     sources: Mapping[str, object] = field(default_factory=dict)
 

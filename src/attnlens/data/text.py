@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attnlens.data import ngram
+from attnlens.data.spelling import Speller
 from attnlens.data.store import Meta, Prepared
 from attnlens.data.tokens import AbstractEncoder, AbstractTokenizer, Characters
 
@@ -49,8 +50,9 @@ def language_modeling(
     test = windows["test"]
     characters = Characters().fit(works["train"])
     symbols = {split: [characters.encode(text)[0] for text in works[split]] for split in ("train", "test")}
-    covered = sum(int(target.sum()) for target in test.targets)
+    covered = {split: sum(int(target.sum()) for target in windows[split].targets) for split in ("validation", "test")}
     unknown = sum(int((ids[target] == 0).sum()) for ids, target in zip(symbols["test"], test.targets, strict=True))
+    per_token = covered["test"] / test.columns["labels"].size
     meta = Meta(
         task="tokens",
         objective="next_token",
@@ -63,11 +65,23 @@ def language_modeling(
         baselines=ngram.bits_per_symbol(
             symbols["train"], symbols["test"], test.targets, vocabulary_size=characters.vocabulary_size
         ),
-        characters_per_token=covered / test.columns["labels"].size,
-        sources={**sources, "test_characters": covered, "unknown_test_characters": unknown},
+        characters_per_token=per_token,
+        spelling=spelling(encoder, works, {split: windows[split].targets for split in covered}),
+        sources={**sources, "test_characters": covered["test"], "unknown_test_characters": unknown},
     )
     splits = {split: window.columns for split, window in windows.items()}
     return Prepared(splits, meta, {"tokenizer.json": encoder.to_json()})
+
+
+def spelling(
+    encoder: AbstractEncoder, works: Mapping[str, Sequence[str]], targets: Mapping[str, Sequence[np.ndarray]]
+) -> dict[str, float] | None:
+    """Bits per character that the unknown words of each split of `targets` add, None where tokens are no words."""
+    if encoder.unknown is None:
+        return None
+    speller = Speller(encoder, works["train"])
+    characters = {split: sum(int(target.sum()) for target in targets[split]) for split in targets}
+    return {split: speller.bits(works[split], targets[split]) / characters[split] for split in targets}
 
 
 def cut(texts: Sequence[str], encoder: AbstractEncoder, length: int, limit: int | None) -> Windows:

@@ -1,7 +1,8 @@
-"""Text to integers: characters, or byte pairs learned from the training text; both saved as a `tokenizer.json`.
+"""Text to integers: bytes, characters, byte pairs or words, each saved as a `tokenizer.json`.
 
-Either knows only the training text. A symbol that occurs first in held-out text becomes `<unk>` among characters (one
-symbol, learned like any other) and its bytes among byte pairs.
+All know only the training text. A symbol that occurs first in held-out text becomes `<unk>` among characters, a word
+outside the vocabulary `<unk>` among words (one token, learned like any other), and either becomes its bytes among
+bytes and byte pairs, where nothing is unknown.
 """
 
 import os
@@ -16,12 +17,19 @@ if TYPE_CHECKING:
     import tokenizers
 
 UNKNOWN = "<unk>"
+_WORD = r" ?[\p{L}\p{N}]+(?:'[\p{L}\p{N}]+)*|[^\p{L}\p{N}]"
 
 
 class AbstractEncoder(ABC):
-    """A fitted tokenizer."""
+    """A fitted tokenizer.
+
+    Attributes:
+        vocabulary_size: tokens are 0 .. vocabulary_size - 1.
+        unknown: the token of every word that the vocabulary lacks, None where tokens are no words.
+    """
 
     vocabulary_size: int
+    unknown: int | None = None
 
     @abstractmethod
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +46,15 @@ class AbstractTokenizer(ABC):
     @abstractmethod
     def fit(self, texts: Sequence[str]) -> AbstractEncoder:
         """The encoder that `texts` determine."""
+
+
+@dataclass(frozen=True)
+class Bytes(AbstractTokenizer):
+    """One token a byte of UTF-8, its value; there is nothing to learn."""
+
+    def fit(self, texts: Sequence[str]) -> "ByteEncoder":
+        """The encoder, whatever the texts."""
+        return ByteEncoder()
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,61 @@ class BytePairs(AbstractTokenizer):
         return BytePairEncoder(tokenizer)
 
 
+@dataclass(frozen=True)
+class Words(AbstractTokenizer):
+    """The most frequent words of the training text; 0 is `<unk>`.
+
+    A word is a run of letters and digits, apostrophes inside it included, with the one space before it; every other
+    character, further spaces and line breaks too, is a word of its own. Nothing is lost but what is unknown.
+
+    Raises:
+        ValueError: a vocabulary without a word.
+    """
+
+    vocabulary_size: int
+
+    def __post_init__(self) -> None:
+        if self.vocabulary_size < 2:
+            raise ValueError(f"`vocabulary_size` is {self.vocabulary_size}: choose 2 (`{UNKNOWN}` and a word) or more")
+
+    def fit(self, texts: Sequence[str]) -> "WordEncoder":
+        """The encoder over the `vocabulary_size` - 1 most frequent words of `texts`, ties in the order of Unicode."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        split = pre_tokenizers.Split(Regex(_WORD), behavior="isolated")
+        counter = Tokenizer(models.WordLevel({}, unk_token=UNKNOWN))
+        counter.pre_tokenizer = split
+        trainer = trainers.WordLevelTrainer(
+            vocab_size=self.vocabulary_size, special_tokens=[UNKNOWN], show_progress=False
+        )
+        counter.train_from_iterator(texts, trainer)
+        # Anew, since in what was trained `<unk>` is special: found as such in a text, and left out in decoding.
+        tokenizer = Tokenizer(models.WordLevel(counter.get_vocab(), unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.Fuse()
+        return WordEncoder(tokenizer)
+
+
+class ByteEncoder(AbstractEncoder):
+    """Bytes as they are."""
+
+    vocabulary_size = 256
+
+    def encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of `text`, and for each the number of characters of `text` that have begun at its end."""
+        tokens = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64)
+        # Of the bytes of a character all but the first are 10xxxxxx.
+        return tokens, np.cumsum(tokens >> 6 != 0b10)
+
+    def to_json(self) -> str:
+        """Content of a file that `tokenizers.Tokenizer.from_file` reads."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(_visible())}, merges=[]))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer.to_str(pretty=True)
+
+
 class CharacterEncoder(AbstractEncoder):
     """Characters `symbols[i]` as token i + 1, all others as 0."""
 
@@ -111,8 +183,8 @@ class CharacterEncoder(AbstractEncoder):
         return tokenizer.to_str(pretty=True)
 
 
-class BytePairEncoder(AbstractEncoder):
-    """The merges of a `tokenizers.Tokenizer`."""
+class AbstractLibraryEncoder(AbstractEncoder):
+    """A trained `tokenizers.Tokenizer`."""
 
     def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
         self.tokenizer = tokenizer
@@ -127,3 +199,20 @@ class BytePairEncoder(AbstractEncoder):
     def to_json(self) -> str:
         """Content of a file that `tokenizers.Tokenizer.from_file` reads."""
         return self.tokenizer.to_str(pretty=True)
+
+
+class BytePairEncoder(AbstractLibraryEncoder):
+    """Merges of bytes."""
+
+
+class WordEncoder(AbstractLibraryEncoder):
+    """A list of words."""
+
+    unknown = 0
+
+
+def _visible() -> list[str]:
+    """The character by which `tokenizers` writes each byte: itself if it is printable Latin-1, else one from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]

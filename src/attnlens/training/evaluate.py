@@ -49,7 +49,7 @@ class Result(NamedTuple):
 def evaluate(model: AbstractModel, data: DataModule, *, split: str = "test") -> Result:
     """Run the model over a split, on the device where it is."""
     device = next(model.parameters()).device
-    score, scores, losses = scorer(data.meta), [], []
+    score, scores, losses = scorer(data.meta, split), [], []
     training = model.training
     model.eval()
     loader = data.test_dataloader() if split == "test" else data.val_dataloader()

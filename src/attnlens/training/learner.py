@@ -44,7 +44,7 @@ class Learner(pl.LightningModule):
         super().__init__()
         _check(training)
         self.model, self.meta, self.training_config, self.seed = model, meta, training, seed
-        self.score = scorer(meta)
+        self.score = scorer(meta, "validation")
         self.curve: list[CurveRow] = []
         self._losses: list[Tensor] = []
         self._validation: list[tuple[Tensor, Tensor, int]] = []

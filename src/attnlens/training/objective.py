@@ -25,17 +25,26 @@ def accuracy(logits: Float[Tensor, "b *n c"], labels: Int[Tensor, "b *n"]) -> Fl
 
 
 def bits(
-    logits: Float[Tensor, "b *n c"], labels: Int[Tensor, "b *n"], *, characters_per_token: float
+    logits: Float[Tensor, "b *n c"],
+    labels: Int[Tensor, "b *n"],
+    *,
+    characters_per_token: float,
+    spelling: float = 0.0,
 ) -> Float[Tensor, " b"]:
-    """Mean cross entropy of each example's labels in bits per character; 0 for an example without labels."""
+    """Mean cross entropy of each example's labels in bits per character; 0 for an example without labels.
+
+    `spelling` is the mean cost of the split's unknown words, which no logits know of.
+    """
     rows = labels.shape[0]
     nats = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")
     asked = (labels != IGNORED).reshape(rows, -1).sum(1)
-    return nats.reshape(rows, -1).double().sum(1) / asked.clamp(min=1) / (math.log(2) * characters_per_token)
+    mean = nats.reshape(rows, -1).double().sum(1) / asked.clamp(min=1)
+    return mean / (math.log(2) * characters_per_token) + spelling
 
 
-def scorer(meta: Mapping) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (logits, labels) -> score of each example whose mean is the metric of `meta`."""
+def scorer(meta: Mapping, split: str = "test") -> Callable[[Tensor, Tensor], Tensor]:
+    """The function (logits, labels) -> score of each example of a split, whose mean is the metric of `meta`."""
     if meta["metric"] == "accuracy":
         return accuracy
-    return partial(bits, characters_per_token=meta["characters_per_token"])
+    spelling = meta.get("spelling") or {}
+    return partial(bits, characters_per_token=meta["characters_per_token"], spelling=spelling.get(split, 0.0))
