@@ -5,7 +5,7 @@ resumed at step t therefore reads what an uninterrupted run reads, with no sampl
 on another number of devices, each of which takes its share of the same batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from attnlens.data.store import SPLITS, load_meta, load_split
+from attnlens.data.store import IGNORED, SPLITS, load_meta, load_split
+
+# Of which a batch of like lengths is drawn: a heuristic between little padding and batches of one kind.
+_SORTED_BATCHES = 64
 
 
 class DataModule(LightningDataModule):
     """Serves batches of the prepared folder as dicts of tensors: `input_ids` and `labels` int64 (batch, length), or
-    `labels` (batch,) for classification; `attention_mask` bool and `slice` int64 where the data has them.
+    `labels` (batch,) for classification; `attention_mask` bool and `slice` int64 where the data has them. Pairs of
+    sequences have `target_ids` and `labels` (batch, target_length) and, held out, `references`; their batches are cut
+    to the longest of each, and a training batch holds sources of about one length.
 
     Training never ends by itself: the trainer's `max_steps` says when. Under several devices give the trainer
     `use_distributed_sampler=False`; the batch size counts the examples of all devices together.
@@ -69,9 +74,15 @@ class DataModule(LightningDataModule):
         examples = self.examples("train")
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         batches = StepBatches(
-            len(examples), self.batch_size, self.seed, start_step=self.start_step, rank=rank, world_size=world_size
+            len(examples),
+            self.batch_size,
+            self.seed,
+            start_step=self.start_step,
+            rank=rank,
+            world_size=world_size,
+            lengths=examples.columns["attention_mask"].sum(1).numpy() if self._pairs else None,
         )
-        return DataLoader(examples, batch_sampler=batches, collate_fn=_as_it_is)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self._collate)
 
     def val_dataloader(self) -> DataLoader:
         """The validation split in order."""
@@ -95,7 +106,15 @@ class DataModule(LightningDataModule):
         examples = self.examples(split)
         starts = range(0, len(examples), self.evaluation_batch_size)
         batches = [list(range(len(examples)))[start : start + self.evaluation_batch_size] for start in starts]
-        return DataLoader(examples, batch_sampler=batches, collate_fn=_as_it_is)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self._collate)
+
+    @property
+    def _pairs(self) -> bool:
+        return self.meta["task"] == "seq2seq"
+
+    @property
+    def _collate(self) -> Callable[[Any], Any]:
+        return without_padding if self._pairs else _as_it_is
 
 
 class Examples(Dataset):
@@ -125,12 +144,23 @@ class StepBatches(Sampler[list[int]]):
     An epoch has floor(num_examples / batch_size) batches; what remains of its permutation is not read in it. Of each
     batch, rank r of a world of w devices takes places r, r + w, ...
 
+    With `lengths`, each run of 64 batches of the permutation is sorted by length before it is cut into batches, whose
+    order is then drawn anew: less padding, and still a function of (seed, step).
+
     Raises:
         ValueError: a batch larger than the data, or one that the devices cannot share evenly.
     """
 
     def __init__(
-        self, num_examples: int, batch_size: int, seed: int, *, start_step: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        lengths: np.ndarray | None = None,
     ) -> None:
         if not 1 <= batch_size <= num_examples:
             raise ValueError(f"`batch_size` is {batch_size}: choose 1..{num_examples}, the size of the training split")
@@ -142,21 +172,41 @@ class StepBatches(Sampler[list[int]]):
         self.start_step = start_step
         self.rank = rank
         self.world_size = world_size
+        self.lengths = lengths
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
     def batch(self, step: int) -> Int64[Tensor, " batch"]:
         """Indices of the whole batch `step`."""
         epoch, place = divmod(step, self.num_examples // self.batch_size)
         if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
-            self._epoch, self._order = epoch, torch.from_numpy(order)
+            self._epoch, self._order = epoch, torch.from_numpy(self._permutation(epoch))
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.seed, epoch])
+        order = rng.permutation(self.num_examples)
+        if self.lengths is None:
+            return order
+        order = order[: self.num_examples // self.batch_size * self.batch_size]
+        run = _SORTED_BATCHES * self.batch_size
+        for start in range(0, len(order), run):
+            part = order[start : start + run]
+            order[start : start + run] = part[np.argsort(self.lengths[part], kind="stable")]
+        return rng.permutation(order.reshape(-1, self.batch_size)).ravel()
 
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
         while True:
             yield self.batch(step)[self.rank :: self.world_size].tolist()
             step += 1
+
+
+def without_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of pairs less the columns that are padding in every row of its sources, or of its targets."""
+    source = int(batch["attention_mask"].sum(1).max())
+    target = int((batch["labels"] != IGNORED).sum(1).max())
+    ends = {"input_ids": source, "attention_mask": source, "target_ids": target, "labels": target}
+    return {name: column[:, : ends[name]] if name in ends else column for name, column in batch.items()}
 
 
 def _as_it_is(batch: Any) -> Any:

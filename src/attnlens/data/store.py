@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import datasets
 
 SPLITS = ("train", "validation", "test")
-COLUMNS = ("input_ids", "labels", "attention_mask", "slice")
+COLUMNS = ("input_ids", "labels", "attention_mask", "slice", "target_ids", "references")
 IGNORED = -100
 
 
@@ -30,30 +30,38 @@ class Meta:
     """What a model, a metric and a report need to know about a data set.
 
     Attributes:
-        task: "tokens" has one label a position (`IGNORED` where there is none), "classification" one an example.
+        task: "tokens" has one label a position (`IGNORED` where there is none), "classification" one an example,
+            "seq2seq" one a position of the target.
         objective: what is asked of the model, for the report's words.
         causal: whether the task is void if position t sees positions after t.
-        vocabulary_size, num_outputs: inputs lie in [0, vocabulary_size), labels in [0, num_outputs).
+        vocabulary_size, num_outputs: inputs lie in [0, vocabulary_size), labels and targets in [0, num_outputs).
         length: tokens in an example.
+        target_length: tokens in its target, the one that begins or ends it included; for "seq2seq" only.
+        begin, end: the tokens that begin `target_ids` and end `labels`.
         metric, higher_is_better: what a cell reports.
         chance: the metric's value under informed guessing, None where the baselines say it better.
         baselines: the metric's value on the test split for models that are no attention.
+        word_baselines: their word error rates, where the metric is an error rate of parts of words.
         characters_per_token: of the test labels; bits per character = nats per token / ln 2 / this number.
         spelling: by split, the bits per character that spelling its unknown words adds to those of the tokens.
         slices: {"name": what the `slice` column counts, "values": all of them, "headline": the one reported}.
         sources: where the content comes from, with hashes.
     """
 
-    task: Literal["tokens", "classification"]
-    objective: Literal["recall", "next_token", "classification"]
+    task: Literal["tokens", "classification", "seq2seq"]
+    objective: Literal["recall", "next_token", "masked_token", "classification", "seq2seq"]
     causal: bool
     vocabulary_size: int
     num_outputs: int
     length: int
-    metric: Literal["accuracy", "bits_per_character"]
+    metric: Literal["accuracy", "bits_per_character", "phoneme_error_rate"]
     higher_is_better: bool
+    target_length: int | None = None
+    begin: int | None = None
+    end: int | None = None
     chance: float | None = None
     baselines: Mapping[str, float] = field(default_factory=dict)
+    word_baselines: Mapping[str, float] | None = None
     characters_per_token: float | None = None
     spelling: Mapping[str, float] | None = None
     slices: Mapping[str, object] | None = None
@@ -126,10 +134,11 @@ def _datasets():  # noqa: ANN202 - the module itself
 def _dataset(columns: Mapping[str, np.ndarray], split: str) -> "datasets.Dataset":
     datasets = _datasets()
     integer = datasets.Value("int32")
-    features = {
-        name: datasets.List(integer, length=column.shape[1]) if column.ndim == 2 else integer
-        for name, column in columns.items()
-    }
+    features = {}
+    for name, column in columns.items():
+        features[name] = integer
+        for size in reversed(column.shape[1:]):
+            features[name] = datasets.List(features[name], length=size)
     dataset = datasets.Dataset.from_dict(
         {name: np.ascontiguousarray(column, dtype=np.int32) for name, column in columns.items()},
         features=datasets.Features(features),
@@ -166,7 +175,9 @@ def _check(prepared: Prepared) -> None:
         inputs, labels = columns["input_ids"], columns["labels"]
         if inputs.shape != (len(inputs), meta.length) or len(inputs) == 0:
             raise ValueError(f"`{split}` input_ids have shape {inputs.shape}: give (examples > 0, {meta.length})")
-        expected = inputs.shape if meta.task == "tokens" else inputs.shape[:1]
+        expected = {"tokens": inputs.shape, "classification": inputs.shape[:1]}.get(
+            meta.task, (len(inputs), meta.target_length)
+        )
         if labels.shape != expected:
             raise ValueError(f"`{split}` labels have shape {labels.shape}: task {meta.task!r} needs {expected}")
         for name, column in columns.items():
@@ -174,6 +185,34 @@ def _check(prepared: Prepared) -> None:
                 raise ValueError(f"`{split}` {name} has {len(column)} rows: give {len(inputs)}, one an example")
         _check_range(f"{split} input_ids", inputs, meta.vocabulary_size)
         _check_range(f"{split} labels", labels[labels != IGNORED], meta.num_outputs)
+        _check_targets(split, columns, meta)
+
+
+def _check_targets(split: str, columns: Mapping[str, np.ndarray], meta: Meta) -> None:
+    """`target_ids` are the labels moved on by one, behind `begin`; every label row ends; held out has references."""
+    pair = meta.task == "seq2seq"
+    for name, wanted in (("target_ids", pair), ("references", pair and split != "train")):
+        if (name in columns) != wanted:
+            word = "give" if wanted else "leave out"
+            raise ValueError(f"`{split}` columns are {sorted(columns)}: {word} {name} for task {meta.task!r}")
+    if not pair:
+        return
+    targets, labels = columns["target_ids"], columns["labels"]
+    _check_range(f"{split} target_ids", targets, meta.num_outputs)
+    last = (labels != IGNORED).sum(1) - 1
+    before = np.where(np.arange(labels.shape[1]) < last[:, None], labels, IGNORED)[:, :-1]
+    shifted = (before == IGNORED) | (before == targets[:, 1:])
+    if (targets[:, 0] != meta.begin).any() or not shifted.all():
+        raise ValueError(f"`{split}` target_ids must be `begin` {meta.begin} and then the labels but the last")
+    if (np.take_along_axis(labels, last[:, None], 1) != meta.end).any():
+        raise ValueError(f"`{split}` labels must end with `end` {meta.end} and be ignored behind it only")
+    if "references" in columns:
+        references = columns["references"]
+        if references.ndim != 3 or references.shape[2] != meta.target_length:
+            raise ValueError(
+                f"`{split}` references have shape {references.shape}: give (examples, several, {meta.target_length})"
+            )
+        _check_range(f"{split} references", references[references != IGNORED], meta.num_outputs)
 
 
 def _check_range(name: str, values: np.ndarray, bound: int) -> None:

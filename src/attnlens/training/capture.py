@@ -7,10 +7,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attnlens.models.base import AbstractModel
+from attnlens.models.base import AbstractModel, AbstractStack
+from attnlens.models.seq2seq import Seq2Seq
 
 
-def capture(model: AbstractModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stack(model: AbstractModel) -> AbstractStack:
+    """The stack that reads the inputs: the model, or the encoder of a pair.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    found = model.encoder if isinstance(model, Seq2Seq) else model
+    if not isinstance(found, AbstractStack):
+        raise ValueError(f"`model` is {type(model).__name__}, of which it is not known what reads the inputs")
+    return found
+
+
+def capture(model: AbstractStack, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`layer<i>.q`, `.k`, `.v` of shape (batch, heads, length, head_dim), and the `key_padding_mask` if there is one.
 
     They are read at the door of each operator, so they are exactly what it receives, positions and convolutions
@@ -36,5 +49,6 @@ def capture(model: AbstractModel, batch: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def save_capture(path: Path, model: AbstractModel, batch: Mapping[str, Tensor]) -> None:
-    """Write `capture` as safetensors, with whether the attention was causal in the metadata."""
-    save_file(capture(model, batch), path, metadata={"causal": str(model.causal).lower()})
+    """Write `capture` of `stack(model)` as safetensors, with whether its attention is causal in the metadata."""
+    reader = stack(model)
+    save_file(capture(reader, batch), path, metadata={"causal": str(reader.causal).lower()})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnlens.attention.build import derived_seed
 from attnlens.models.base import AbstractModel
-from attnlens.training.objective import cross_entropy, scorer
+from attnlens.training.objective import cross_entropy, predict, scored, scorer
 
 # The stream of random numbers for what training itself draws (dropout); see attnlens.models.build.WEIGHTS.
 NOISE = 2**32 - 2
@@ -50,7 +50,7 @@ class Learner(pl.LightningModule):
         self._validation: list[tuple[Tensor, Tensor, int]] = []
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model(batch["input_ids"], key_padding_mask=batch.get("attention_mask"))
+        return predict(self.model, batch)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         torch.manual_seed(derived_seed(self.seed, NOISE, (str(self.global_step), str(self.global_rank))))
@@ -74,7 +74,7 @@ class Learner(pl.LightningModule):
         loss, metric = (float(torch.stack(values).sum()) / total for values in (losses, scores))
         self.curve.append(CurveRow(self.global_step, float(train_loss), loss, metric))
         self._losses.clear()
-        self.log_dict({"validation_loss": loss, f"validation_{self.meta['metric']}": metric})
+        self.log_dict({"validation_loss": loss, f"validation_{scored(self.meta)}": metric})
 
     def mean_loss(self) -> Tensor:
         """Of the training steps since the last row of the curve."""

@@ -1,4 +1,7 @@
-"""What is minimized and what is reported: cross entropy, accuracy, bits per character. Pure functions of tensors."""
+"""What is minimized and what is reported: cross entropy, accuracy, bits per character. Pure functions of tensors.
+
+Error rates of sequences, which need decoding, are in `attnlens.training.decode`.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,9 +10,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnlens.data.store import IGNORED
+
+
+def predict(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits of the model on the columns of a batch that are its inputs."""
+    inputs = {"target_ids": batch["target_ids"]} if "target_ids" in batch else {}
+    return model(batch["input_ids"], key_padding_mask=batch.get("attention_mask"), **inputs)
 
 
 def cross_entropy(logits: Float[Tensor, "*axes c"], labels: Int[Tensor, "*axes"]) -> Float[Tensor, ""]:
@@ -22,6 +31,14 @@ def accuracy(logits: Float[Tensor, "b *n c"], labels: Int[Tensor, "b *n"]) -> Fl
     asked = labels.flatten(1) != IGNORED if labels.ndim > 1 else torch.ones_like(labels, dtype=torch.bool)[:, None]
     right = (logits.argmax(-1) == labels).reshape(asked.shape) & asked
     return right.sum(1).double() / asked.sum(1).clamp(min=1)
+
+
+def forced_error(logits: Float[Tensor, "b n c"], labels: Int[Tensor, "b n"]) -> Float[Tensor, " b"]:
+    """Fraction of each example's labels that do not have the largest logit, each given the true ones before it.
+
+    What a pair of sequences is watched by while it trains: no decoding, hence no error rate of the task.
+    """
+    return 1 - accuracy(logits, labels)
 
 
 def bits(
@@ -43,8 +60,15 @@ def bits(
 
 
 def scorer(meta: Mapping, split: str = "test") -> Callable[[Tensor, Tensor], Tensor]:
-    """The function (logits, labels) -> score of each example of a split, whose mean is the metric of `meta`."""
+    """The function (logits, labels) -> score of each example of a split, whose mean is `scored(meta)`."""
     if meta["metric"] == "accuracy":
         return accuracy
+    if meta["metric"] == "phoneme_error_rate":
+        return forced_error
     spelling = meta.get("spelling") or {}
     return partial(bits, characters_per_token=meta["characters_per_token"], spelling=spelling.get(split, 0.0))
+
+
+def scored(meta: Mapping) -> str:
+    """Name of what `scorer` measures: the metric of `meta`, or what stands for it until sequences are decoded."""
+    return "forced_error" if meta["metric"] == "phoneme_error_rate" else meta["metric"]

@@ -21,12 +21,13 @@ from attnlens.models.base import AbstractModel
 from attnlens.models.build import build_model, build_operator, refusal, runs_causally
 from attnlens.training.callbacks import Checkpoint, Progress
 from attnlens.training.capture import save_capture
-from attnlens.training.evaluate import Result, evaluate
+from attnlens.training.decode import check_decoding
+from attnlens.training.evaluate import Result, evaluate, test
 from attnlens.training.job import Job, Outcome
 from attnlens.training.learner import CurveRow, Learner
 
 # The sections of the config that decide the weights; the others say where things go and who watches.
-SECTIONS = ("attention", "projection", "position", "model", "training", "trainer", "capture")
+SECTIONS = ("attention", "projection", "position", "model", "training", "decoding", "trainer", "capture")
 
 
 def run_seed(job: Job) -> Outcome:
@@ -35,6 +36,7 @@ def run_seed(job: Job) -> Outcome:
     _quiet()
     torch.set_num_threads(1)
     data = DataModule(f"data/prepared/{job.data}", batch_size=config.training.batch_size, seed=job.seed)
+    check_decoding(config.decoding, data.meta)
     operator = build_operator(config, data.meta, seed=job.seed)
     reason = refusal(operator, causal=runs_causally(config))
     if reason is not None:
@@ -55,7 +57,7 @@ def run_seed(job: Job) -> Outcome:
             logger=job.config["logger"],
         ) as run:
             learner = fit(job, config, model, data, workspace / "last.ckpt", run)
-            result = evaluate(model, data)
+            result = test(model, data, decoding=config.decoding)
             _write(results, job, learner, result, resolved, data)
             _report(run, job, result, data, results)
         print(f"{job.label}: {data.meta['metric']} {result.value:.4f}", flush=True)
@@ -155,7 +157,8 @@ def _write(
 def _report(run: tracking.AbstractRun, job: Job, result: Result, data: DataModule, results: Path) -> None:
     metrics = result.metrics()
     slices = {f"test_{result.metric}_{name}": value for name, value in (result.slices or {}).items()}
-    run.summary({f"test_{result.metric}": result.value, **slices})
+    decoded = {f"test_{name}": value for name, value in (result.decoded or {}).items()}
+    run.summary({f"test_{result.metric}": result.value, **slices, **decoded})
     run.artifact(job.data, "dataset", [data.folder / "meta.json"], {"files": data.meta["files"]})
     name = f"{job.data}-{job.attention}-seed{job.seed}"
     run.artifact(name, "model", [results / "model.safetensors", results / "config.yaml"], metrics)
