@@ -137,3 +137,29 @@ def test_batches_that_do_not_fit_are_refused(folder):
         StepBatches(23, 5, 0, world_size=2)
     with pytest.raises(ValueError, match=r"prepare.py data=nothing"):
         DataModule(folder.parent / "nothing", batch_size=4, seed=0)
+
+
+LENGTHS = np.random.default_rng(1).integers(1, 20, size=2050)
+
+
+def test_batches_of_like_lengths_are_a_permutation_and_resume():
+    def batches(start: int, count: int) -> list[list[int]]:
+        return list(itertools.islice(StepBatches(2050, 8, 0, start_step=start, lengths=LENGTHS), count))
+
+    whole = batches(0, 512)
+    assert batches(100, 412) == whole[100:]
+    for epoch in (whole[:256], whole[256:]):
+        read = list(itertools.chain(*epoch))
+        assert len(set(read)) == len(read) == 2048
+        spans = [np.ptp(LENGTHS[batch]) for batch in epoch]
+        assert np.mean(spans) < 1.5
+    assert sorted(whole[0]) != sorted(whole[256])
+    # The order of batches says nothing of their lengths.
+    means = [LENGTHS[batch].mean() for batch in whole[:256]]
+    assert abs(np.corrcoef(means, np.arange(256))[0, 1]) < 0.2
+
+
+def test_devices_share_a_batch_of_like_lengths():
+    parts = [StepBatches(2050, 8, 0, rank=rank, world_size=2, lengths=LENGTHS) for rank in (0, 1)]
+    shares = [next(iter(part)) for part in parts]
+    assert sorted([*shares[0], *shares[1]]) == sorted(StepBatches(2050, 8, 0, lengths=LENGTHS).batch(0).tolist())

@@ -123,3 +123,66 @@ def test_ill_formed_data_is_refused_before_anything_is_written(tmp_path, change,
     with pytest.raises(ValueError, match=message):
         save(prepared, tmp_path / "toy")
     assert not list(tmp_path.iterdir())
+
+
+def pairs(seed: int, size: int = 4, *, references: bool = True) -> dict[str, np.ndarray]:
+    """Targets of 1 to 4 tokens 1..6 between begin 0 and end 0."""
+    rng = np.random.default_rng(seed)
+    targets, labels = np.zeros((size, 5), dtype=int), np.full((size, 5), IGNORED)
+    for row in range(size):
+        tokens = rng.integers(1, 7, size=rng.integers(1, 5))
+        targets[row, 1 : len(tokens) + 1] = tokens
+        labels[row, : len(tokens) + 1] = [*tokens, 0]
+    columns = {"input_ids": rng.integers(10, size=(size, 6)), "target_ids": targets, "labels": labels}
+    columns["attention_mask"] = np.ones((size, 6), dtype=int)
+    if references:
+        columns["references"] = np.stack([np.where(labels == 0, IGNORED, labels)] * 2, 1)
+    return columns
+
+
+def pair_example() -> Prepared:
+    sizes = {"task": "seq2seq", "objective": "seq2seq", "num_outputs": 7, "target_length": 5, "begin": 0, "end": 0}
+    splits = {split: pairs(seed, references=split != "train") for seed, split in enumerate(store.SPLITS)}
+    return Prepared(splits, replace(META, **sizes, metric="phoneme_error_rate", higher_is_better=False))
+
+
+def test_pairs_are_read_back(tmp_path):
+    prepared = pair_example()
+    save(prepared, tmp_path / "toy")
+    for split in store.SPLITS:
+        read = load_split(tmp_path / "toy", split)
+        assert read.keys() == prepared.splits[split].keys()
+        assert all(np.array_equal(read[name], column) for name, column in prepared.splits[split].items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda splits: splits["train"].pop("target_ids"), "give target_ids"),
+        (lambda splits: splits["train"].update(references=splits["test"]["references"]), "leave out references"),
+        (lambda splits: splits["test"].pop("references"), "give references"),
+        (lambda splits: splits["test"].update(references=splits["test"]["references"][:, 0]), "references have shape"),
+        (lambda splits: splits["train"]["target_ids"].__setitem__((0, 0), 3), "must be `begin` 0"),
+        (lambda splits: splits["train"].update(target_ids=splits["train"]["target_ids"][:, ::-1]), "must be `begin` 0"),
+        (lambda splits: splits["train"]["target_ids"].__setitem__((0, 1), 7), "target_ids` holds 0..7"),
+        (
+            lambda splits: splits["train"]["labels"].__setitem__(splits["train"]["labels"] == 0, 1),
+            "must end with `end` 0",
+        ),
+        (lambda splits: splits["train"].update(labels=splits["train"]["labels"][:, :4]), "task 'seq2seq' needs"),
+        (lambda splits: splits["train"]["labels"].__setitem__(2, IGNORED), "must end with `end` 0"),
+    ],
+)
+def test_ill_formed_pairs_are_refused(tmp_path, change, message):
+    prepared = pair_example()
+    change(prepared.splits)
+    with pytest.raises(ValueError, match=message):
+        save(prepared, tmp_path / "toy")
+    assert not list(tmp_path.iterdir())
+
+
+def test_targets_belong_to_pairs_only(tmp_path):
+    prepared = example()
+    prepared.splits["train"]["target_ids"] = prepared.splits["train"]["labels"]
+    with pytest.raises(ValueError, match="leave out target_ids for task 'tokens'"):
+        save(prepared, tmp_path / "toy")

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
 from tests.training.conftest import prepare
+from tests.training.pairs import prepare_pairs
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["model.width=16", "training.batch_size=8", "training.warmup_steps=5", "training.steps=20"]
@@ -69,18 +70,31 @@ def test_an_unknown_name_lists_the_choices(word, choice):
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")))
 def test_every_experiment_takes_a_step(name, tmp_path, monkeypatch):
     """On data of the shapes that its data set has, since the data itself is made by another stage."""
-    import numpy as np
     import torch
     from omegaconf import OmegaConf
 
-    from attnlens.data.store import Meta, Prepared, save
     from attnlens.training.job import Job
     from attnlens.training.seed import run_seed
 
     monkeypatch.chdir(tmp_path)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("train", [f"experiment={name}", "training.steps=1", "training.batch_size=4", "logger=csv"])
-    classify, text = name == "digits", name.startswith("shakespeare")
+    if config.model._target_.endswith("Seq2Seq"):
+        prepare_pairs(tmp_path, name=name)
+    else:
+        prepare_shapes(tmp_path, name, config)
+    outcome = run_seed(Job(OmegaConf.to_container(config, resolve=True), name, "softmax", 0, "outputs/run"))
+    torch.use_deterministic_algorithms(False)
+    assert json.loads((Path(outcome.results) / "metrics.json").read_text())["steps"] == 1
+
+
+def prepare_shapes(root, name, config):
+    """Random data with the labels that the head of `config` gives."""
+    import numpy as np
+
+    from attnlens.data.store import Meta, Prepared, save
+
+    classify, text = name in ("digits", "shakespeare_genre"), name.startswith("shakespeare") and "genre" not in name
     meta = Meta(
         task="classification" if classify else "tokens",
         objective="classification" if classify else "next_token",
@@ -97,7 +111,4 @@ def test_every_experiment_takes_a_step(name, tmp_path, monkeypatch):
         "input_ids": rng.integers(20, size=(8, 64), dtype=np.int32),
         "labels": rng.integers(10, size=8 if classify else (8, 64), dtype=np.int32),
     }
-    save(Prepared(dict.fromkeys(("train", "validation", "test"), columns), meta), Path("data/prepared") / name)
-    outcome = run_seed(Job(OmegaConf.to_container(config, resolve=True), name, "softmax", 0, "outputs/run"))
-    torch.use_deterministic_algorithms(False)
-    assert json.loads((Path(outcome.results) / "metrics.json").read_text())["steps"] == 1
+    save(Prepared(dict.fromkeys(("train", "validation", "test"), columns), meta), root / "data/prepared" / name)

@@ -46,7 +46,7 @@ def error_rates(found: Sequence[Sequence[Hashable]], references: Sequence[Sequen
     return Rates(edits / lengths.mean(), edits > 0)
 
 
-def _distances(found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]]) -> list[float]:
+def _distances(found: Sequence[Sequence[Hashable]], wanted: Sequence[Sequence[Hashable]]) -> list[int]:
     """`torchmetrics` compares strings: every symbol becomes a character."""
     from torchmetrics.functional.text import edit_distance
 

@@ -67,7 +67,7 @@ def evaluate(model: AbstractModel, data: DataModule, *, split: str = "test") -> 
     return _result(data.meta, np.concatenate(scores), data.examples(split).columns.get("slice"), sum(losses))
 
 
-def test(model: AbstractModel, data: DataModule, *, decoding: Mapping | None) -> Result:
+def examine(model: AbstractModel, data: DataModule, *, decoding: Mapping | None) -> Result:
     """What a trained model is reported by: `evaluate`, or the error rates of what it decodes.
 
     Scores are those of greedy decoding; the beam of `decoding`, and words beside phonemes, stand in `decoded`.

@@ -22,7 +22,7 @@ from attnlens.models.build import build_model, build_operator, refusal, runs_cau
 from attnlens.training.callbacks import Checkpoint, Progress
 from attnlens.training.capture import save_capture
 from attnlens.training.decode import check_decoding
-from attnlens.training.evaluate import Result, evaluate, test
+from attnlens.training.evaluate import Result, evaluate, examine
 from attnlens.training.job import Job, Outcome
 from attnlens.training.learner import CurveRow, Learner
 
@@ -57,7 +57,7 @@ def run_seed(job: Job) -> Outcome:
             logger=job.config["logger"],
         ) as run:
             learner = fit(job, config, model, data, workspace / "last.ckpt", run)
-            result = test(model, data, decoding=config.decoding)
+            result = examine(model, data, decoding=config.decoding)
             _write(results, job, learner, result, resolved, data)
             _report(run, job, result, data, results)
         print(f"{job.label}: {data.meta['metric']} {result.value:.4f}", flush=True)
