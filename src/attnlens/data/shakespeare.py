@@ -7,6 +7,7 @@ works named in the config; all other works are training text.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from attnlens.data.fetch import read_source
 from attnlens.data.store import Prepared
@@ -14,6 +15,13 @@ from attnlens.data.text import language_modeling
 from attnlens.data.tokens import AbstractTokenizer
 
 _SUFFIX = "_gut.txt"
+
+
+class Works(NamedTuple):
+    """Texts by split and name, and the hash of the archive they come from."""
+
+    splits: dict[str, dict[str, str]]
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,22 @@ class Shakespeare:
         Raises:
             ValueError: the source is missing or damaged, or a held-out name is no work or stands in both splits.
         """
+        works = self.works(raw)
+        return language_modeling(
+            {split: list(texts.values()) for split, texts in works.splits.items()},
+            tokenizer=self.tokenizer,
+            length=self.length,
+            max_validation_windows=self.max_validation_windows,
+            max_test_windows=self.max_test_windows,
+            sources=works.sources,
+        )
+
+    def works(self, raw: Path) -> Works:
+        """The fetched works below `raw`, verified.
+
+        Raises:
+            ValueError: as `prepare`.
+        """
         texts, manifest = read_source(raw / self.source)
         works = {name.removesuffix(_SUFFIX): text for name, text in texts.items()}
         unknown = sorted({*self.validation, *self.test} - set(works))
@@ -54,15 +78,8 @@ class Shakespeare:
         if held_out == set(works):
             raise ValueError(f"`validation` and `test` leave no work to train on: hold out fewer of {sorted(works)}")
         splits = {
-            "train": [text for name, text in works.items() if name not in held_out],
-            "validation": [works[name] for name in self.validation],
-            "test": [works[name] for name in self.test],
+            "train": {name: text for name, text in works.items() if name not in held_out},
+            "validation": {name: works[name] for name in self.validation},
+            "test": {name: works[name] for name in self.test},
         }
-        return language_modeling(
-            splits,
-            tokenizer=self.tokenizer,
-            length=self.length,
-            max_validation_windows=self.max_validation_windows,
-            max_test_windows=self.max_test_windows,
-            sources={self.source: manifest["sha256"]},
-        )
+        return Works(splits, {self.source: manifest["sha256"]})

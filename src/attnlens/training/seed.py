@@ -15,6 +15,7 @@ from safetensors.torch import save_model
 
 from attnlens import tracking
 from attnlens.construct import construct
+from attnlens.data.integrity import sha256
 from attnlens.data.module import DataModule
 from attnlens.files import atomic, write_json
 from attnlens.models.base import AbstractModel
@@ -23,6 +24,7 @@ from attnlens.training.callbacks import Checkpoint, Progress
 from attnlens.training.capture import save_capture
 from attnlens.training.decode import check_decoding
 from attnlens.training.evaluate import Result, evaluate, examine
+from attnlens.training.initial import initial_file, load_initial
 from attnlens.training.job import Job, Outcome
 from attnlens.training.learner import CurveRow, Learner
 
@@ -43,8 +45,9 @@ def run_seed(job: Job) -> Outcome:
         print(f"{job.label}: not applicable: {reason}", flush=True)
         return Outcome(None, 0, reason)
     model = build_model(config, data.meta, seed=job.seed)
+    begun = _begin(job, config, model)
     resolved = resolve(job)
-    workspace = _workspace(job, resolved, data.meta)
+    workspace = _workspace(job, resolved, {**data.meta["files"], **begun})
     results = workspace / "results"
     parameters = sum(weights.numel() for weights in model.parameters())
     if not results.is_dir():
@@ -62,6 +65,18 @@ def run_seed(job: Job) -> Outcome:
             _report(run, job, result, data, results)
         print(f"{job.label}: {data.meta['metric']} {result.value:.4f}", flush=True)
     return Outcome(str(results), parameters, None)
+
+
+def _begin(job: Job, config: DictConfig, model: AbstractModel) -> dict[str, str]:
+    """Give `model` the weights of `training.initial`; the hash of their file, if there is one."""
+    if config.training.initial is None:
+        return {}
+    file = initial_file(config.training.initial, job.seed)
+    initial = load_initial(model, file)
+    print(
+        f"{job.label}: {len(initial.loaded)} tensors from {file}; new: {', '.join(initial.new) or 'none'}", flush=True
+    )
+    return {"initial": sha256(file)}
 
 
 def resolve(job: Job) -> dict[str, Any]:
@@ -115,9 +130,9 @@ def _close_curve(learner: Learner, data: DataModule, steps: int) -> None:
         learner.curve.append(CurveRow(steps, float(learner.mean_loss()), result.loss, result.value))
 
 
-def _workspace(job: Job, resolved: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-    """The folder in which this config on this data goes on; another config, or other code, has another one."""
-    content = OmegaConf.to_yaml(resolved) + str(sorted(meta["files"].items())) + _code()
+def _workspace(job: Job, resolved: Mapping[str, Any], files: Mapping[str, str]) -> Path:
+    """The folder in which this config on these files goes on; another config, or other code, has another one."""
+    content = OmegaConf.to_yaml(resolved) + str(sorted(files.items())) + _code()
     digest = hashlib.sha256(content.encode()).hexdigest()[:12]
     parent = Path("outputs/checkpoints") / job.data / job.attention / f"seed{job.seed}"
     if not (parent / digest).exists() and parent.is_dir() and any(parent.iterdir()):
