@@ -46,9 +46,7 @@ class Masked:
     def __post_init__(self) -> None:
         length = self.corpus.length
         if not 0 < round(self.fraction * length) < length:
-            raise ValueError(
-                f"`fraction` is {self.fraction}: choose one that hides 1 .. {length - 1} of {length} tokens"
-            )
+            raise ValueError(f"`fraction` is {self.fraction}: hide 1 .. {length - 1} of a window's {length} tokens")
         if self.draws < 1:
             raise ValueError(f"`draws` is {self.draws}: choose 1 or more")
 

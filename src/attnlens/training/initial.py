@@ -45,9 +45,7 @@ def load_initial(model: nn.Module, file: Path) -> Initial:
     try:
         found = load_file(str(file))
     except SafetensorError as error:
-        raise ValueError(
-            f"`training.initial` {file} is no file of weights, or damaged ({error}): make it anew"
-        ) from error
+        raise ValueError(f"`training.initial` {file} is damaged, or no file of weights: {error}") from error
     own = model.state_dict()
     new = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
     wrong = [
@@ -61,7 +59,6 @@ def load_initial(model: nn.Module, file: Path) -> Initial:
             f"`training.initial` {file} is of another model: it does not fit {wrong[:4]} and its {left[:4]} have no "
             "place; build the model with the options that it was trained with"
         )
-    model.load_state_dict(
-        {name: tensor for name, tensor in found.items() if name in own and name not in new}, strict=False
-    )
-    return Initial(tuple(name for name in own if name not in new), tuple(new))
+    loaded = tuple(name for name in own if name not in new)
+    model.load_state_dict({name: found[name] for name in loaded}, strict=False)
+    return Initial(loaded, tuple(new))

@@ -73,9 +73,8 @@ def _begin(job: Job, config: DictConfig, model: AbstractModel) -> dict[str, str]
         return {}
     file = initial_file(config.training.initial, job.seed)
     initial = load_initial(model, file)
-    print(
-        f"{job.label}: {len(initial.loaded)} tensors from {file}; new: {', '.join(initial.new) or 'none'}", flush=True
-    )
+    new = ", ".join(initial.new) or "none"
+    print(f"{job.label}: {len(initial.loaded)} tensors from {file}; new: {new}", flush=True)
     return {"initial": sha256(file)}
 
 
