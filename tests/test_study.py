@@ -17,6 +17,7 @@ GOOD = {
     "reference": "softmax",
     "subject": [],
     "substitution": ["mean"],
+    "pretrained": ["smollm2"],
 }
 
 
@@ -27,7 +28,9 @@ def write(folder, **changes):
 
 
 def test_the_axes(tmp_path):
-    expected = Study(("shakespeare",), ("mqar",), ("softmax", "mean"), "mha", 2, (0.25, 1.0), "softmax", (), ("mean",))
+    expected = Study(
+        ("shakespeare",), ("mqar",), ("softmax", "mean"), "mha", 2, (0.25, 1.0), "softmax", (), ("mean",), ("smollm2",)
+    )
     assert read_params(write(tmp_path)) == expected
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from attnlens.files import read_json
 
-AXES = ("source", "data", "attention", "subject", "substitution")
+AXES = ("source", "data", "attention", "subject", "substitution", "pretrained")
 
 
 class Study(NamedTuple):
@@ -19,6 +19,7 @@ class Study(NamedTuple):
     reference: the method whose models lend their Q, K, V to every other.
     subject: trained models in which exact attention is replaced; may be empty.
     substitution: the methods that replace it; may be empty.
+    pretrained: models of others that are converted; may be empty.
     """
 
     source: tuple[str, ...]
@@ -30,6 +31,7 @@ class Study(NamedTuple):
     reference: str
     subject: tuple[str, ...] = ()
     substitution: tuple[str, ...] = ()
+    pretrained: tuple[str, ...] = ()
 
 
 def read_params(path: Path | str) -> Study:

@@ -11,7 +11,9 @@ from .test_approximate import run
 def write_study(folder, trained=("softmax", "mean")):
     axes = {"source": [], "data": ["mqar"], "attention": ["softmax", "mean"], "projection": "mha", "seeds": 3}
     (folder / "params.yaml").write_text(
-        yaml.safe_dump(axes | {"budgets": [0.25], "reference": "softmax", "subject": [], "substitution": []})
+        yaml.safe_dump(
+            axes | {"budgets": [0.25], "reference": "softmax", "subject": [], "substitution": [], "pretrained": []}
+        )
     )
     write_json(folder / "data/prepared/mqar/meta.json", {"baselines": {"guess": 0.125}})
     generator = np.random.default_rng(0)

@@ -26,7 +26,7 @@ def run(script, folder, *overrides, logger=True):
 
 def write_study(folder, attention=AXES["attention"]):
     axes = AXES | {"attention": attention, "budgets": [0.25, 0.5], "reference": "softmax"}
-    axes |= {"subject": [], "substitution": []}
+    axes |= {"subject": [], "substitution": [], "pretrained": []}
     (folder / "params.yaml").write_text(yaml.safe_dump(axes))
     generator = torch.Generator().manual_seed(0)
     for name in attention:

@@ -15,6 +15,7 @@ def write_study(folder, causal):
         "reference": "softmax",
         "subject": [],
         "substitution": [],
+        "pretrained": [],
     }
     (folder / "params.yaml").write_text(yaml.safe_dump(axes))
     cell = folder / "models/softmax/mqar/seed0"

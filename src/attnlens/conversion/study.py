@@ -128,7 +128,7 @@ def minilm(root: Path, options: Mapping[str, Any]) -> Subject:
         Setting(
             "extreme 3", f"r = {r}, {c} cores", partial(extreme, model, partial(shared_cores, rank=r, cores=c)), False
         )
-        for r, c in ((384, 64), (384, 48), (320, 64))
+        for r, c in ((384, 64), (320, 48))
     ]
     settings += [
         Setting("trawl cp", f"R = {r}, a layer", partial(trawl, model, rank=r, layerwise=True), False)
@@ -136,7 +136,7 @@ def minilm(root: Path, options: Mapping[str, Any]) -> Subject:
     ]
     settings += [
         Setting("trawl tucker", f"{ranks}", partial(trawl, model, rank=ranks, kind="tucker", order=order), False)
-        for order, ranks in ((3, (60, 352, 352)), (4, (6, 11, 352, 352)), (5, (6, 12, 12, 32, 320)))
+        for order, ranks in ((3, (64, 352, 352)), (4, (6, 11, 352, 352)), (5, (6, 11, 12, 30, 352)))
     ]
     return Subject(model, "cosine", cosine, settings)
 
