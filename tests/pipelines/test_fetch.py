@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from attnlens.construct import construct
-from attnlens.data.fetch import PyPISdist, read_source
+from attnlens.data.fetch import AbstractPackage, read_source
 from tests.data.corpus import WORKS, write_archive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,7 +52,7 @@ def test_a_wrong_archive_in_the_cache_is_refused_and_nothing_is_left(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "source").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_source_is_pinned(path):
     source = construct(OmegaConf.load(path))
-    assert isinstance(source, PyPISdist)
+    assert isinstance(source, AbstractPackage)
     assert len(source.sha256) == 64
     assert source.archive is None
     assert "://" not in path.read_text()
