@@ -128,7 +128,7 @@ def test_kill_and_resume_gives_the_same_bytes(study):
 
 def test_another_config_starts_over_and_says_so(study, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="interrupted"):
-        patch.setattr(seeds, "evaluate", interrupt)
+        patch.setattr(seeds, "examine", interrupt)
         run_seed(study())
     run_seed(study("training.learning_rate=0.001"))
     said = capsys.readouterr().out
