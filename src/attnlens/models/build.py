@@ -53,7 +53,8 @@ def build_operator(
     config: DictConfig, meta: Mapping, *, seed: int, layer: int = 0, max_length: int | None = None
 ) -> AbstractAttention:
     """The attention operator of one layer, for sequences of `max_length` (by default those of the data)."""
-    return _operator(config, config.attention, seed, layer, max_length or meta["length"])
+    extra = get_class(config.position["_target_"]).extra_dims
+    return _operator(config, config.attention, seed, layer, max_length or meta["length"], extra)
 
 
 def runs_causally(config: DictConfig) -> bool:
@@ -95,21 +96,28 @@ class ConfigKit(AbstractKit):
         self.config, self.meta, self.seed = config, meta, seed
 
     def parts(self) -> Parts:
-        model, meta = self.config.model, self.meta
-        return self._stack(range(model.num_layers), meta["vocabulary_size"], meta["length"], model.head)
+        model, meta, causal = self.config.model, self.meta, model_class(self.config).causal
+        return self._stack(range(model.num_layers), meta["vocabulary_size"], meta["length"], model.head, causal=causal)
 
     def source_parts(self) -> Parts:
         model, meta = self.config.model, self.meta
         head = {"_target_": f"{VectorHead.__module__}.{VectorHead.__name__}"}
-        return self._stack(range(model.num_encoder_layers), meta["vocabulary_size"], meta["length"], head)
+        return self._stack(range(model.num_encoder_layers), meta["vocabulary_size"], meta["length"], head, causal=False)
 
     def target_parts(self) -> Parts:
         model, meta = self.config.model, self.meta
         layers = range(model.num_encoder_layers, model.num_encoder_layers + model.num_layers)
-        return self._stack(layers, meta["num_outputs"], meta["target_length"], model.head, cross=True)
+        return self._stack(layers, meta["num_outputs"], meta["target_length"], model.head, causal=True, cross=True)
 
     def _stack(
-        self, layers: range, vocabulary_size: int, length: int, head: Mapping | DictConfig, *, cross: bool = False
+        self,
+        layers: range,
+        vocabulary_size: int,
+        length: int,
+        head: Mapping | DictConfig,
+        *,
+        causal: bool,
+        cross: bool = False,
     ) -> Parts:
         config, model = self.config, self.config.model
         offered = {
@@ -123,6 +131,7 @@ class ConfigKit(AbstractKit):
         }
         embedding = construct(model.embedding, offered)
         position = construct(config.position, offered)
+        position.check_causal(causal)
         wanted = model.get("embedding_norm")
         embedding_norm = None if wanted is None else construct(wanted, offered)
         blocks = [self._block(offered, layer, position, cross) for layer in layers]
@@ -145,15 +154,18 @@ class ConfigKit(AbstractKit):
     def _projection(
         self, offered: Mapping, attention: DictConfig, layer: int, position: AbstractPosition | None
     ) -> AbstractProjection:
-        operator = _operator(self.config, attention, self.seed, layer, offered["max_length"])
+        extra = 0 if position is None else position.extra_dims
+        operator = _operator(self.config, attention, self.seed, layer, offered["max_length"], extra)
         return construct(self.config.projection, {**offered, "attention": operator, "position": position})
 
 
-def _operator(config: DictConfig, attention: DictConfig, seed: int, layer: int, max_length: int) -> AbstractAttention:
+def _operator(
+    config: DictConfig, attention: DictConfig, seed: int, layer: int, max_length: int, extra: int
+) -> AbstractAttention:
     with seeded(derived_seed(seed, layer)):
         return build(
             attention,
-            head_dim=_dims(config).head_dim,
+            head_dim=_dims(config).head_dim + extra,
             num_heads=config.model.num_heads,
             max_length=max_length,
             seed=seed,

@@ -15,9 +15,16 @@ class AbstractPosition(nn.Module):
 
     Args:
         max_length: the longest sequence it can place, or None if any length will do.
+
+    Declared on the class:
+        rotates: whether `rotate` does anything.
+        extra_dims: by how much `rotate` widens queries and keys.
+        causal_only: whether it has a meaning under a causal mask only.
     """
 
     rotates: ClassVar[bool] = False
+    extra_dims: ClassVar[int] = 0
+    causal_only: ClassVar[bool] = False
 
     def __init__(self, max_length: int | None) -> None:
         super().__init__()
@@ -29,7 +36,7 @@ class AbstractPosition(nn.Module):
 
     def rotate(
         self, q: Float[Tensor, "b h n d"], k: Float[Tensor, "b g n d"], *, offset: int = 0
-    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b g n d"]]:
+    ) -> tuple[Float[Tensor, "b h n d+{self.extra_dims}"], Float[Tensor, "b g n d+{self.extra_dims}"]]:
         """Queries and keys of the tokens offset, ..., offset + n - 1 with their positions in them; g divides h."""
         return q, k
 
@@ -43,4 +50,16 @@ class AbstractPosition(nn.Module):
             raise ValueError(
                 f"`max_length` of {type(self).__name__} is {self.max_length}, got a sequence of {length} tokens; "
                 "build the model with a larger `max_length` or cut the sequence"
+            )
+
+    def check_causal(self, causal: bool) -> None:
+        """Refuse attention that is not causal.
+
+        Raises:
+            ValueError: `causal` is False and the positions have a meaning under a causal mask only.
+        """
+        if self.causal_only and not causal:
+            raise ValueError(
+                f"`position` {type(self).__name__} needs causal attention, since its bias is linear in the place of "
+                "the key: use model=decoder, or position=rope, learned or sinusoidal"
             )

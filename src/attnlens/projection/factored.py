@@ -77,6 +77,11 @@ class AbstractFactored(AbstractProjection):
                 f"`attention` {type(attention).__name__} takes {attention.arity} keys for every token and "
                 f"{type(self).__name__} makes one: use projection=mha"
             )
+        if position is not None and position.extra_dims:
+            raise ValueError(
+                f"`position` {type(position).__name__} widens queries and keys, which {type(self).__name__} does not "
+                "hold as they are: use position=rope, or projection=mha, gqa or mqa"
+            )
         self.attention, self.position = attention, position
 
     @classmethod

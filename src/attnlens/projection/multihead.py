@@ -91,6 +91,7 @@ class AbstractMultiHead(AbstractProjection):
         if not 1 <= num_groups <= num_heads or num_heads % num_groups:
             raise ValueError(f"`num_groups` must divide `num_heads`, got {num_groups} and {num_heads}")
         self.attention, self.position = attention, position
+        self.extra = 0 if position is None else position.extra_dims
         self.width, self.num_heads, self.num_groups = width, num_heads, num_groups
         grouped = attention.arity * num_groups * (width // num_heads)
         self.widths = (width, grouped, grouped)
@@ -127,6 +128,8 @@ class AbstractMultiHead(AbstractProjection):
             )
             q, k, v = (self._convolve(part, z) for part, z in enumerate((q, k, v)))
         q, k, v = self._split(q, k, v)
+        if self.position is not None:
+            self.position.check_causal(causal)
         q, k = self._rotate(q, k)
         return self._merge(self._attend(q, k, v, causal, key_padding_mask))
 
@@ -147,22 +150,23 @@ class AbstractMultiHead(AbstractProjection):
 
     def init_cache(self, batch: int, capacity: int, cache: AbstractCache | None = None) -> MultiHeadCache:
         like, head_dim = self.output.weight, self.width // self.num_heads
+        key_dim = head_dim + self.extra
         past = tuple(like.new_zeros(batch, self.num_past, size) for size in self.widths[: len(self.convolutions)])
         policy = None
         if self.attention.caches:
             policy = Full() if cache is None else cache
-            state = policy.init(batch, self.num_groups, head_dim, head_dim, capacity=capacity, like=like)
+            state = policy.init(batch, self.num_groups, key_dim, head_dim, capacity=capacity, like=like)
         elif cache is not None:
             raise ValueError(
                 f"`cache` {type(cache).__name__} keeps keys and values for exact attention, and "
                 f"{type(self.attention).__name__} has a decoding of its own: leave `cache` out, or use softmax"
             )
         elif isinstance(self.attention, AbstractRecurrentAttention):
-            state = self.attention.init_state(batch, self.num_heads, head_dim, head_dim, like)
+            state = self.attention.init_state(batch, self.num_heads, key_dim, head_dim, like)
         else:
-            grouped = (batch, self.num_groups, self.widths[1] // self.num_groups)
-            keys, values = (Growing.empty(*grouped, like=like) for _ in range(2))
-            state = Prefix(Growing.empty(batch, self.num_heads, head_dim, like=like), keys, values)
+            tokens = self.attention.arity * key_dim, self.attention.arity * head_dim
+            keys, values = (Growing.empty(batch, self.num_groups, size, like=like) for size in tokens)
+            state = Prefix(Growing.empty(batch, self.num_heads, key_dim, like=like), keys, values)
         return MultiHeadCache(state, past, policy, length=0, capacity=capacity)
 
     def step(self, cache: MultiHeadCache, x: Float[Tensor, "b n w"]) -> tuple[MultiHeadCache, Float[Tensor, "b n w"]]:
