@@ -93,3 +93,7 @@ def test_bad_ranks_and_kinds_are_refused():
     model.layers[0].mlp = torch.nn.Linear(7, 11)
     with pytest.raises(ValueError, match=r"`model` has a matrix of \(11, 7\)"):
         slices(model)
+    model = encoder()
+    model.layers[1].mlp = torch.nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(ValueError, match=r"`model` has layers of \[2880, 6912\] weights"):
+        slices(model)

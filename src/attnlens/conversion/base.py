@@ -31,15 +31,16 @@ def with_projections(
 ) -> AbstractStack:
     """A copy of the model in which `change(layer, projection)` stands in the place of each projection.
 
+    `change` gets the copy's projections: operators and positions that it hands on are not shared with `model`.
+
     Raises:
         ValueError: a projection without query, key and value heads of its own, packed or convolved.
     """
-    changed = []
-    for layer, block in enumerate(model.layers):
-        changed.append(change(layer, multihead(block)))
+    for block in model.layers:
+        multihead(block)
     clone = copy.deepcopy(model)
-    for block, projection in zip(clone.layers, changed, strict=True):
-        block.projection = projection.eval()
+    for layer, block in enumerate(clone.layers):
+        block.projection = change(layer, multihead(block)).eval()
     return clone
 
 

@@ -7,9 +7,11 @@ output's norm by Eckart and Young; without, that of the weights. The factors are
 the class that it was, and what a cache of latents would hold is counted. Under rotating positions keys are rotated
 after they are expanded, so that such a cache has to expand at every step; without, A and B merge into `Mla`.
 
-Exact at r = min(width, 2 G d). Source: SVD of joint maps as in "Transformers are Multi-State RNNs"-style latents; the
-whitening as in "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression" (Wang et
-al., 2024), https://arxiv.org/abs/2403.07378.
+Exact at r = min(width, 2 G d). Source: the joint decomposition of "Towards Economical Inference: Enabling DeepSeek's
+Multi-Head Latent Attention in Any Transformer-based LLMs" (Ji et al., 2025), https://arxiv.org/abs/2502.14837, which
+first frees most columns of the keys from rotation; here none are. The whitening as in "SVD-LLM: Truncation-aware
+Singular Value Decomposition for Large Language Model Compression" (Wang et al., 2024),
+https://arxiv.org/abs/2403.07378.
 """
 
 import copy

@@ -29,9 +29,15 @@ def slices(model: AbstractStack) -> Slices:
     """All slices of attention's and the network's matrices, in the order of `matrices`.
 
     Raises:
-        ValueError: a matrix without a side of the model's width.
+        ValueError: a matrix without a side of the model's width, or layers of unequal sizes.
     """
     size = _size(model)
+    sizes = [sum(matrix.numel() for matrix, _ in matrices(model, layer)) for layer in range(len(model.layers))]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"`model` has layers of {sorted(set(sizes))} weights, whose slices make no one stack: give a model "
+            "of equal layers"
+        )
     layers = [
         torch.cat([_cut(matrix, size, width) for matrix, width in matrices(model, layer)])
         for layer in range(len(model.layers))
