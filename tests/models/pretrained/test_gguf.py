@@ -80,6 +80,7 @@ def test_a_file_becomes_the_model_that_its_tensors_say(tmp_path):
         ({"leave_out": ["blk.1.ffn_up.weight"]}, r"missing \['blocks.1.mlp.inner.weight'\]"),
         ({"more": [("blk.0.attn_q.bias", (WIDTH,))]}, r"left over \['blocks.0.projection.inputs.0.bias'\]"),
         ({"more": [("output_norm.weight", (WIDTH + 2,))]}, r"norm.weight \(18,\), not \(16,\)"),
+        ({"more": [("blk.0.attn_q.weight", (WIDTH - 1, WIDTH))]}, r"inputs.0.weight \(15, 16\), not \(16, 16\)"),
         ({"architecture": "gpt2"}, "is a model of 'gpt2'"),
     ],
 )
@@ -109,3 +110,35 @@ def test_a_damaged_source_is_refused_before_it_is_read(tmp_path):
     write_json(folder / "manifest.json", {"sha256": "0", "files": {"model.gguf": "1" * 64}})
     with pytest.raises(ValueError, match="is damaged: expected SHA-256 1111"):
         load_smollm2(folder)
+
+
+def laid_down(folder):
+    """A tiny model as a fetched source."""
+    from attnlens.data.integrity import sha256
+    from attnlens.files import write_json
+
+    folder.mkdir(parents=True)
+    write(folder / "model.gguf")
+    write_json(folder / "manifest.json", {"sha256": "0", "files": {"model.gguf": sha256(folder / "model.gguf")}})
+    return folder
+
+
+def test_a_cache_that_was_cut_short_is_made_again(tmp_path):
+    """Opening it raised safetensors' own error, which named neither the file nor a remedy."""
+    folder, weights = laid_down(tmp_path / "raw" / "tiny"), tmp_path / "cache" / "half" / "model.safetensors"
+    expected = load_smollm2(folder, cache=tmp_path / "cache").model.state_dict()
+    weights.write_bytes(weights.read_bytes()[:-10])
+    found = load_smollm2(folder, cache=tmp_path / "cache").model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_the_source_of_another_model_is_refused(tmp_path):
+    from attnlens.files import write_json
+    from attnlens.models.pretrained.minilm import load_minilm
+
+    with pytest.raises(ValueError, match=r"tiny` lacks \['config.json', .*source=minilm"):
+        load_minilm(laid_down(tmp_path / "raw" / "tiny"))
+    (tmp_path / "raw" / "none").mkdir()
+    write_json(tmp_path / "raw" / "none" / "manifest.json", {"sha256": "0", "files": {}})
+    with pytest.raises(ValueError, match=r"none` holds 0 GGUF files.*source=smollm2"):
+        load_smollm2(tmp_path / "raw" / "none")

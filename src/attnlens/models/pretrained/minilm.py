@@ -64,7 +64,9 @@ def load_minilm(folder: Path | str, *, operators: Operators = exact) -> MiniLm:
     from tokenizers import Tokenizer
 
     folder = Path(folder)
-    verify_source(folder)
+    missing = {"config.json", "model.safetensors", "tokenizer.json"} - verify_source(folder)["files"].keys()
+    if missing:
+        raise ValueError(f"`{folder}` lacks {sorted(missing)}: give what `source=minilm` fetched")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model = build(config, operators)
     assign(model, read_tensors(folder / "model.safetensors"), str(folder / "model.safetensors"))

@@ -9,11 +9,12 @@ https://arxiv.org/abs/2502.02737.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -97,8 +98,12 @@ def load_smollm2(
     cache = (folder.resolve().parents[1] / "pretrained" / folder.name if cache is None else Path(cache)) / precision
     weights = cache / "model.safetensors"
     if _stamp(weights) != f"{FORMAT} {manifest['sha256']}":
-        (name,) = (name for name in manifest["files"] if name.endswith(".gguf"))
-        convert(folder / name, cache, PRECISIONS[precision], stamp=f"{FORMAT} {manifest['sha256']}")
+        convert(
+            folder / _gguf_name(folder, manifest["files"]),
+            cache,
+            PRECISIONS[precision],
+            stamp=f"{FORMAT} {manifest['sha256']}",
+        )
     with safe_open(weights, framework="pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (it cannot be iterated)
         sizes = Sizes(**json.loads(file.metadata()["sizes"]))
@@ -145,8 +150,10 @@ def convert(path: Path, cache: Path, dtype: torch.dtype, *, stamp: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in file.tensors():
         place = _place(name)
-        if place.endswith(("inputs.0.weight", "inputs.1.weight")):
-            tensor = halves(tensor, sizes.num_heads if place.endswith("0.weight") else sizes.num_groups)
+        num_heads = {"inputs.0.weight": sizes.num_heads, "inputs.1.weight": sizes.num_groups}.get(place[-15:])
+        # Other numbers of rows are left for `assign` to name.
+        if num_heads is not None and tensor.shape[0] % (2 * num_heads) == 0:
+            tensor = halves(tensor, num_heads)
         tensors[place] = tensor.to(dtype).contiguous()
     metadata = {"stamp": stamp, "sizes": json.dumps(sizes._asdict())}
     assign(build(sizes, exact), tensors, str(path))
@@ -201,8 +208,19 @@ def _place(name: str) -> str:
     return whole.get(name, name)
 
 
+def _gguf_name(folder: Path, names: Iterable[str]) -> str:
+    found = [name for name in names if name.endswith(".gguf")]
+    if len(found) != 1:
+        raise ValueError(f"`{folder}` holds {len(found)} GGUF files, not one: give what `source=smollm2` fetched")
+    return found[0]
+
+
 def _stamp(weights: Path) -> str | None:
+    """Of what the cache holds; None where that is nothing whole, so that it is made again."""
     if not weights.is_file() or not (weights.parent / "tokenizer.json").is_file():
         return None
-    with safe_open(weights, framework="pt") as file:
-        return (file.metadata() or {}).get("stamp")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get("stamp")
+    except SafetensorError:
+        return None
