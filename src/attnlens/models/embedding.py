@@ -20,7 +20,9 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, vocabulary_size: int, width: int, *, std: float = 0.02) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocabulary_size, width).normal_(std=std))
+        weight = torch.empty(vocabulary_size, width)
+        # On the meta device there is nothing to draw, and asking would import a compiler: a second of loading a model.
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_(std=std))
 
     def forward(self, input_ids: Int[Tensor, "b n"]) -> Float[Tensor, "b n w"]:
         return nn.functional.embedding(input_ids, self.weight)

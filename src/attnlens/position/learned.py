@@ -24,7 +24,8 @@ class Learned(AbstractPosition):
 
     def __init__(self, width: int, max_length: int, *, std: float = 0.02) -> None:
         super().__init__(max_length)
-        self.table = nn.Parameter(torch.empty(max_length, width).normal_(std=std))
+        table = torch.empty(max_length, width)
+        self.table = nn.Parameter(table if table.is_meta else table.normal_(std=std))
 
     def embed(self, x: Float[Tensor, "b n w"], *, offset: int = 0) -> Float[Tensor, "b n w"]:
         self.check(offset + x.shape[1])
