@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def fetched(name: str) -> Path:
-    """data/raw/<name> of this checkout, fetched if it is not there; one process at a time."""
-    folder = ROOT / "data" / "raw" / name
+    """A source of this checkout, fetched if it is not there; one process at a time.
+
+    Not below data/raw, on which stages of the pipeline depend: tests must not make them run again.
+    """
+    folder = ROOT / "data" / "fetched" / name
     folder.parent.mkdir(parents=True, exist_ok=True)
     cache = Path(os.environ.get("ATTNLENS_CACHE") or Path.home() / ".cache" / "attnlens")
     with FileLock(ROOT / "data" / f".{name}.lock"):
