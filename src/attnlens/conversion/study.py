@@ -1,7 +1,8 @@
 """What a pretrained model loses by each conversion, at a ladder of settings: one row a setting.
 
 SmolLM2 is scored by its perplexity on the beginning of a play, MiniLM by the mean cosine between the embeddings of
-sentences before and after. Conversions that need activations see another play.
+sentences before and after, the study's own character model by its perplexity on test windows. Conversions that need
+activations see another play.
 """
 
 import math
@@ -21,10 +22,12 @@ from attnlens.conversion.joint_svd import joint_svd
 from attnlens.conversion.mean_pooling import mean_pooling
 from attnlens.conversion.transmla import transmla
 from attnlens.conversion.trawl import trawl
+from attnlens.data.store import load_meta, load_split
 from attnlens.models.base import AbstractStack
 from attnlens.models.pretrained.minilm import embed, load_minilm
 from attnlens.models.pretrained.smollm2 import load_smollm2
 from attnlens.substitution.texts import read_work
+from attnlens.training.load import load_trained
 
 Score = Callable[[AbstractStack], float]
 
@@ -55,7 +58,7 @@ def convert(
     Raises:
         ValueError: an unknown model, or one that has not been fetched.
     """
-    subjects = {"smollm2": smollm2, "minilm": minilm}
+    subjects = {"smollm2": smollm2, "minilm": minilm, "shakespeare": shakespeare}
     if name not in subjects:
         raise ValueError(f"`pretrained` is {name!r}: choose one of {sorted(subjects)}")
     subject = subjects[name](root, options)
@@ -93,6 +96,38 @@ def smollm2(root: Path, options: Mapping[str, Any]) -> Subject:
     settings += [
         Setting("extreme 1", f"r = {r}", partial(extreme, model, partial(separate, rank=r)), r == 192)
         for r in (192, 144, 96)
+    ]
+    return Subject(model, "perplexity", partial(_perplexity, ids=score), settings)
+
+
+def shakespeare(root: Path, options: Mapping[str, Any]) -> Subject:
+    """The study's reference model of characters, which is small and trained here; the conversions of SmolLM2."""
+    data = root / "data/prepared/shakespeare"
+    model = load_trained(root / "models/softmax/shakespeare/seed0", load_meta(data))
+    if not isinstance(model, AbstractStack):
+        raise ValueError("`models/softmax/shakespeare` has two stacks: train it with `model=decoder`")
+    score, seen = (
+        torch.from_numpy(load_split(data, split)["input_ids"][: options["windows"]]).long()
+        for split in ("test", "validation")
+    )
+    settings = [Setting("mean_pooling", f"G = {g}", partial(mean_pooling, model, g), g == 2) for g in (2, 1)]
+    settings += [
+        Setting("transmla", f"r = {r}, fold 1", partial(transmla, model, seen, r), False) for r in (64, 48, 32, 16)
+    ]
+    settings += [
+        Setting("joint_svd", f"r = {r}", partial(joint_svd, model, r, seen), r == 64) for r in (64, 48, 32, 16)
+    ]
+    settings += [
+        Setting("extreme 1", f"r = {r}", partial(extreme, model, partial(separate, rank=r)), r == 64)
+        for r in (64, 48, 32)
+    ]
+    settings += [
+        Setting("extreme 2", f"r = {r}", partial(extreme, model, partial(shared_bases, rank=r)), r == 64)
+        for r in (64, 56, 48)
+    ]
+    settings += [
+        Setting("trawl tucker", f"{ranks}", partial(trawl, model, rank=ranks, kind="tucker", order=order), False)
+        for order, ranks in ((3, (20, 60, 60)), (4, (2, 10, 60, 60)), (5, (2, 10, 2, 32, 56)))
     ]
     return Subject(model, "perplexity", partial(_perplexity, ids=score), settings)
 
@@ -143,7 +178,7 @@ def minilm(root: Path, options: Mapping[str, Any]) -> Subject:
 
 @torch.no_grad()
 def _perplexity(model: AbstractStack, ids: Tensor) -> float:
-    loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:])
+    loss = F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     # Means beyond this are no better known than that they are hopeless, and JSON holds no infinity.
     return math.exp(min(float(loss), 700.0))
 
